@@ -1,0 +1,1 @@
+"""One short entry point for each experiment."""

@@ -1,0 +1,215 @@
+"""What a run is made of: every field, declared once, with its type, range, default and meaning.
+
+A `Config` is one *point* of a sweep: one value a field. A `Sweep` holds a tuple of values for each field;
+`Sweep.points()` is their product. Both are checked here, and only here, before any work starts.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from plastic_jax.errors import InputError
+
+MODELS = ("mlp", "resnet")
+NORMS = ("batch", "layer", "none")
+INITIALISATIONS = ("pytorch", "he", "lecun")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+OPTIMIZERS = ("adam", "rmsprop", "sgd", "momentum")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+def _field(
+    default: Any,
+    kind: str,
+    doc: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of `Config`; `low` and `high` are allowed themselves, `above` is not.
+
+    `kind`: *static* changes the compiled program, *dynamic* is an array with a trial axis (both can be
+    swept), *run* is one value for the whole run.
+    """
+    metadata = dict(kind=kind, doc=doc, choices=choices, low=low, high=high, above=above)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One point of a sweep. Defaults are the paper's common setting (arXiv 2106.00042)."""
+
+    dataset: str = _field("cifar10", "static", "data set: digits, fashion_mnist, cifar10, cifar100, svhn_cropped, or any prepared array_record TFDS name")
+    train_examples: int = _field(0, "static", "size of the train set, drawn anew by each seed; 0 = all", low=0)
+    validation_fraction: float = _field(0.0, "static", "share of the train set held back and evaluated beside the test set, for choosing settings", low=0.0, high=0.9)
+    label_noise: float = _field(0.0, "dynamic", "share of the train labels replaced by another class, uniformly", low=0.0, high=1.0)
+    model: str = _field("resnet", "static", "model", choices=MODELS)
+    width: int = _field(64, "static", "units a hidden layer (mlp), or channels w of the first module (resnet)", low=1)
+    depth: int = _field(2, "static", "hidden layers (mlp), or basic blocks d a module (resnet)", low=1)
+    norm: str = _field("batch", "static", "normalisation", choices=NORMS)
+    initialisation: str = _field("pytorch", "static", "initialisation: PyTorch's default (kaiming uniform, a = sqrt 5), he or lecun", choices=INITIALISATIONS)
+    compute_dtype: str = _field("float32", "static", "arithmetic; parameters stay float32 (float64 is for verification)", choices=COMPUTE_DTYPES)
+    optimizer: str = _field("adam", "static", "optimiser", choices=OPTIMIZERS)
+    learning_rate: float = _field(1e-3, "dynamic", "learning rate", above=0.0)
+    tuning_learning_rate_factor: float = _field(1.0, "dynamic", "the tuning stage's learning rate over `learning_rate` (fresh arm too)", above=0.0)
+    schedule: str = _field("constant", "static", "learning rate over a stage: constant, or falling to 0 by a cosine or a line", choices=SCHEDULES)
+    weight_decay: float = _field(0.0, "dynamic", "weight decay, as L2 in the gradient", low=0.0)
+    decoupled: bool = _field(False, "static", "weight decay apart from the gradient (AdamW) instead")
+    batch_size: int = _field(128, "static", "examples a step", low=1)
+    pretraining_fraction: float = _field(0.5, "dynamic", "share of the train set that the pretraining stage sees", above=0.0, high=1.0)
+    warm_start_epochs: int = _field(350, "dynamic", "pretraining epochs: passes over the pretraining subset; 0 = fresh", low=0)
+    tuning_epochs: int = _field(500, "dynamic", "tuning epochs: passes over the whole train set", low=1)
+    metric_epochs: int = _field(100, "run", "last epochs of the tuning stage over which the metric, test accuracy, is averaged", low=1)
+    eval_every: int = _field(1, "run", "epochs between evaluations; a stage's end is always evaluated", low=1)
+    stage_accuracy: float = _field(0.0, "dynamic", "a stage ends at the first epoch whose train accuracy reaches this; 0 = never early", low=0.0, high=1.0)
+    max_stage_epochs: int = _field(0, "dynamic", "cap on the epochs of a stage that ends by accuracy; 0 = the stage's own epochs", low=0)
+    batch_stats: str = _field("carry", "dynamic", "BatchNorm's running statistics at a stage's start", choices=("carry", "restart"))
+    reset_optimizer: bool = _field(True, "dynamic", "optimiser state reset at a stage's start")
+    equal_updates: bool = _field(True, "run", "train the fresh arm on, to each pretrained arm's total number of updates, as a control")
+    seeds: int = _field(5, "run", "number of seeds", low=1)
+    first_seed: int = _field(0, "run", "the first seed; the others follow it", low=0, high=2**31 - 2)
+    keep: str = _field("none", "run", "models kept for `plastic_jax.load`: none, at trials' ends, or at every stage's end", choices=("none", "ends", "stages"))
+    checkpoint_minutes: float = _field(5.0, "run", "minutes between checkpoints", above=0.0)
+    trial_axis: str = _field("auto", "run", "how trials share a device: batched by vmap, one after another (map), or auto", choices=("auto", "vmap", "map"))
+    convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended (fast inside loops on a CPU), or auto", choices=("auto", "plain", "mended"))
+    trials_per_device: int = _field(0, "run", "trials side by side on one device; 0 = chosen from the model and the memory", low=0)
+
+
+FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
+SWEPT_KINDS = ("static", "dynamic")
+STATIC = tuple(name for name, f in FIELDS.items() if f.metadata["kind"] == "static")
+# Fields that may differ between a run and its resumption: they change no result.
+UNESSENTIAL = ("checkpoint_minutes",)
+
+
+def allowed(name: str) -> str:
+    """What a field takes, in words: `a whole number of at least 1`."""
+    spec = FIELDS[name]
+    low, high, above = (spec.metadata[k] for k in ("low", "high", "above"))
+    if spec.metadata["choices"]:
+        return "one of " + ", ".join(spec.metadata["choices"])
+    if spec.type is bool:
+        return "True or False"
+    if spec.type is str:
+        return "a name"
+    words = "a whole number" if spec.type is int else "a number"
+    if above is not None:
+        words += f" above {above:g}"
+    if low is not None:
+        words += f" from {low:g}" if high is not None else f" of at least {low:g}"
+    return words + (f" to {high:g}" if high is not None else "")
+
+
+def _refuse(name: str, value: Any) -> InputError:
+    return InputError(f"--config.{name}={value!r} is not allowed: {name} takes {allowed(name)}.")
+
+
+def check_value(name: str, value: Any) -> Any:
+    """`value` in the field's own type, or an `InputError`."""
+    spec = FIELDS[name]
+    if spec.type is bool:
+        named = {"true": True, "false": False}
+        if isinstance(value, str) and value.lower() in named:
+            value = named[value.lower()]
+        if not isinstance(value, bool):
+            raise _refuse(name, value)
+        return value
+    if spec.type is str:
+        if not isinstance(value, str) or not value:
+            raise _refuse(name, value)
+        if spec.metadata["choices"] and value not in spec.metadata["choices"]:
+            raise _refuse(name, value)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int if spec.type is int else (int, float)):
+        raise _refuse(name, value)
+    if not math.isfinite(value):
+        raise _refuse(name, value)
+    low, high, above = (spec.metadata[k] for k in ("low", "high", "above"))
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise _refuse(name, value)
+    if (above is not None and value <= above) or (spec.type is int and value > 2**31 - 1):
+        raise _refuse(name, value)
+    return spec.type(value)
+
+
+def check_name(name: str) -> None:
+    """Refuse an unknown field, and name the one that was perhaps meant."""
+    if name in FIELDS:
+        return
+    near = difflib.get_close_matches(name, FIELDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "the fields are " + ", ".join(FIELDS) + "."
+    raise InputError(f"--config.{name} is no field of the config: {hint}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A tuple of values for every field, each checked; run fields hold one value."""
+
+    values: Mapping[str, tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Sweep":
+        """From one value or a sequence of values a field; fields not named take their default.
+
+        Raises:
+          InputError: an unknown field, or a value of the wrong type, out of range, or named twice.
+        """
+        for name in values:
+            check_name(name)
+        checked = {}
+        for name, spec in FIELDS.items():
+            given = values.get(name, spec.default)
+            if isinstance(given, str) and spec.type is str:
+                given = tuple(part.strip() for part in given.split(","))
+            if not isinstance(given, (tuple, list)):
+                given = (given,)
+            if len(given) == 1 and isinstance(given[0], str) and "," in given[0]:
+                given = tuple(part.strip() for part in given[0].split(","))
+            given = tuple(check_value(name, value) for value in given)
+            if not given:
+                raise InputError(f"--config.{name}=() is empty: name at least one value.")
+            if len(set(given)) < len(given):
+                raise InputError(f"--config.{name}={given} names a value twice: each counts once.")
+            if len(given) > 1 and spec.metadata["kind"] not in SWEPT_KINDS:
+                raise InputError(
+                    f"--config.{name}={given} is not allowed: {name} takes one value for the whole run."
+                )
+            checked[name] = given
+        return cls(checked)
+
+    def __getattr__(self, name: str) -> Any:
+        """A run field's one value."""
+        if name.startswith("_") or name not in FIELDS:
+            raise AttributeError(name)
+        if len(self.values[name]) != 1:
+            raise AttributeError(f"{name} is swept: {self.values[name]}")
+        return self.values[name][0]
+
+    def points(self) -> Iterator[Config]:
+        """The product of all values, the field declared last varying fastest."""
+        for values in itertools.product(*self.values.values()):
+            yield Config(**dict(zip(self.values, values, strict=True)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For config.json: a value where there is one, else a list."""
+        return {n: v[0] if len(v) == 1 else list(v) for n, v in self.values.items()}
+
+
+def canonical(point: Config) -> dict[str, Any]:
+    """The point's swept-kind fields, null where a field has no effect: equal ones are one trial (contract 10)."""
+    values = {n: getattr(point, n) for n, f in FIELDS.items() if f.metadata["kind"] in SWEPT_KINDS}
+    if not point.warm_start_epochs:
+        values.update(pretraining_fraction=None, batch_stats=None, reset_optimizer=None)
+    if point.norm != "batch":
+        values["batch_stats"] = None
+    if not point.stage_accuracy:
+        values["max_stage_epochs"] = None
+    if not point.weight_decay:
+        values["decoupled"] = None
+    return values

@@ -1,0 +1,1 @@
+"""Data sets: the originals' own file formats, and what TFDS has prepared."""

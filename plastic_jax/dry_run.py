@@ -1,0 +1,148 @@
+"""The dry run: the whole plan in figures, before anything is trained, as plan.json and as a table."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from plastic_jax import costs, sampler
+from plastic_jax.config import STATIC
+from plastic_jax.data import DatasetSpec
+from plastic_jax.errors import InputError
+from plastic_jax.plan import ProgramPlan
+from plastic_jax.trial import Study
+from plastic_jax.trial_axis import choose
+
+GIB = 2**30
+
+
+def device_memory(given_gib: float) -> tuple[int, str]:
+    """Bytes of one device and where the figure comes from; a CPU's devices share the machine's memory."""
+    if given_gib < 0:
+        raise InputError(f"--device_memory_gib={given_gib:g} is not allowed: a number above 0, or 0 for the device at hand.")
+    if given_gib:
+        return int(given_gib * GIB), "as given"
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit, "measured"
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // jax.local_device_count(), "measured"
+
+
+def describe(
+    study: Study, programs: Sequence[ProgramPlan], specs: Mapping[str, DatasetSpec], device_memory_gib: float
+) -> dict[str, Any]:
+    """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation."""
+    memory, source = device_memory(device_memory_gib)
+    devices, backend = jax.local_device_count(), jax.default_backend()
+    described = [_program(study, p, specs[p.point.dataset], memory, devices, backend) for p in programs]
+    total = {
+        key: sum(p[key] for p in described)
+        for key in ("trials", "nodes", "steps", "steps_unshared", "examples", "flops", "flops_unshared")
+    }
+    return {
+        "arms": len(study.arms),
+        "seeds": study.sweep.seeds,
+        "devices": devices,
+        "backend": backend,
+        "device_memory_bytes": memory,
+        "device_memory": source,
+        **total,
+        "sharing_saves": 1 - total["steps"] / total["steps_unshared"],
+        "programs": described,
+        "arm_list": [{"arm": arm.arm, **arm.values, "fresh": arm.fresh} for arm in study.arms],
+    }
+
+
+def _program(
+    study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str
+) -> dict[str, Any]:
+    point = program.point
+    cost = costs.costs(point, spec)
+    room = memory - cost.dataset_bytes
+    if cost.trial_bytes > room:
+        raise InputError(
+            f"--config.width={point.width}, --config.depth={point.depth}, --config.batch_size={point.batch_size}: one trial "
+            f"needs about {cost.trial_bytes / GIB:.2f} GiB beside {cost.dataset_bytes / GIB:.2f} GiB of data, and the device "
+            f"has {memory / GIB:.2f} GiB: take a smaller batch, width or depth."
+        )
+    formulation = choose(
+        study.sweep, point, leaves=program.leaves, trial_bytes=cost.trial_bytes, memory=room, devices=devices, backend=backend
+    )
+    cost = costs.costs(point, spec, formulation.convolution)
+    steps, unshared = program.shared_steps, program.unshared_steps
+    used = formulation.devices(devices)
+    evaluated = _evaluated(study, program, spec)
+    return {
+        **{name: getattr(point, name) for name in STATIC},
+        "trials": len(program.trials),
+        "nodes": len(program.nodes),
+        "batches": -(-program.leaves // formulation.slots),
+        "formulation": dataclasses.asdict(formulation),
+        "devices_used": used,
+        "parameters": cost.parameters,
+        "steps": steps,
+        "steps_unshared": unshared,
+        "examples": steps * point.batch_size,
+        "step_flops": cost.step_flops,
+        "flops": steps * cost.step_flops + evaluated * cost.evaluation_flops,
+        "flops_unshared": unshared * cost.step_flops + evaluated * cost.evaluation_flops * unshared / max(steps, 1),
+        "bytes_per_trial": cost.trial_bytes,
+        "bytes_per_device": formulation.slots // used * cost.trial_bytes + cost.dataset_bytes,
+        "memory": "estimate",
+    }
+
+
+def _evaluated(study: Study, program: ProgramPlan, spec: DatasetSpec) -> int:
+    """Images that the program's evaluations pass through the network."""
+    point = program.point
+    each = spec.test_examples + sampler.validation_size(spec.train_examples, point.validation_fraction)
+    every = study.sweep.eval_every
+    passes = sum(node.last // every - node.first // every + (node.last % every > 0) for node in program.nodes)
+    return passes * each + sum(node.stage.size for node in program.nodes)
+
+
+def _number(value: float) -> str:
+    for limit, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            scaled = value / (limit if unit != "k" else 1e3)
+            return f"{scaled:.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def table_of(described: Mapping[str, Any]) -> str:
+    """The plan as text: one line a program, and the totals."""
+    programs = described["programs"]
+    varied = [n for n in STATIC if len({p[n] for p in programs}) > 1] or ["model"]
+    heads = [*varied, "trials", "slots", "batches", "axis", "parameters", "steps", "unshared", "FLOP", "MiB/trial", "GiB/device"]
+    lines = [heads]
+    for p in programs:
+        form = p["formulation"]
+        lines.append(
+            [
+                *(str(p[name]) for name in varied),
+                str(p["trials"]),
+                str(form["slots"]),
+                str(p["batches"]),
+                f"{form['trial_axis']}/{form['convolution']}" if p["model"] == "resnet" else form["trial_axis"],
+                _number(p["parameters"]),
+                _number(p["steps"]),
+                _number(p["steps_unshared"]),
+                _number(p["flops"]),
+                f"{p['bytes_per_trial'] / 2**20:.1f}",
+                f"{p['bytes_per_device'] / GIB:.2f}",
+            ]
+        )
+    widths = [max(len(line[k]) for line in lines) for k in range(len(heads))]
+    text = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+    d = described
+    text.append(
+        f"\n{d['arms']} arms x {d['seeds']} seeds: {d['trials']} trials in {len(programs)} compiled "
+        f"program{'s' * (len(programs) != 1)}, {_number(d['steps'])} trial-steps, {_number(d['flops'])}FLOP.\n"
+        f"Sharing pretraining saves {100 * d['sharing_saves']:.1f} % of the {_number(d['steps_unshared'])} steps of separate trials.\n"
+        f"Memory is an estimate; the device has {d['device_memory_bytes'] / GIB:.1f} GiB ({d['device_memory']})."
+    )
+    return "\n".join(text)

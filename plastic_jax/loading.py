@@ -1,0 +1,101 @@
+"""Finished (or running) workdirs, read back: the table, the summary, and the models that were kept."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from plastic_jax import core, data, results, workdir
+from plastic_jax.config import Config
+from plastic_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A trial's model at a stage's end: `model` is the Flax module, the rest its trees of arrays."""
+
+    model: Any
+    params: Any
+    batch_stats: Any
+    point: Config
+
+    def logits(self, images: np.ndarray) -> jax.Array:
+        """Logits [n, classes] of uint8 images [n, H, W, C], with running statistics."""
+        dtype = jnp.float64 if self.point.compute_dtype == "float64" else jnp.float32
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        return self.model.apply(variables, core.normalise(jnp.asarray(images), dtype), train=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A workdir. `table` is results.parquet, `summary` summary.json, `config` config.json."""
+
+    path: Path
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per trial, stage and evaluation."""
+        return results.read(self.path / "results.parquet")
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """One flat dict per arm."""
+        return workdir.read_json(self.path / "summary.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The whole config, command, versions, commit, device and trials."""
+        return workdir.read_json(self.path / "config.json")
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, str], tuple[str, int]]:
+        """Which models there are: (trial, stage) -> (folder, position in it)."""
+        found = {}
+        for index in sorted((self.path / "checkpoints" / "kept").glob("*/index.json")):
+            for k, names in enumerate(json.loads(index.read_text())):
+                for trial, stage in names:
+                    found[int(trial), str(stage)] = (str(index.parent), k)
+        return found
+
+    def model(self, trial: int, stage: str = "tuning") -> Kept:
+        """The model of a trial at the end of a stage; needs `--config.keep=ends` or `stages`.
+
+        Raises:
+          InputError: it was not kept.
+        """
+        if (trial, stage) not in self.kept:
+            raise InputError(
+                f"trial={trial}, stage={stage!r} was not kept in {self.path}: kept are "
+                f"{sorted(self.kept) or 'none (train with --config.keep=ends or stages)'}."
+            )
+        from orbax.checkpoint import v1 as ocp
+
+        folder, k = self.kept[trial, stage]
+        stacks = ocp.load(Path(folder) / "models")
+        point = Config(**next(t["config"] for t in self.config["trials"] if t["trial"] == trial))
+        spec = data.spec(point.dataset)
+        built = core.Core(point, spec.shape, spec.classes, "plain")
+        shapes = jax.eval_shape(built.init, jnp.uint32(0))
+        wanted = {name: shapes[name] for name in ("params", "batch_stats")}
+        leaves = [jnp.asarray(stacks[name][k]) for name in sorted(stacks)]
+        tree = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+        return Kept(built.module, tree["params"], tree["batch_stats"], point)
+
+
+def load(path: str | os.PathLike[str]) -> Run:
+    """Open a workdir.
+
+    Raises:
+      InputError: it is none, or its results are damaged.
+    """
+    found = Run(Path(path))
+    if not (found.path / "config.json").exists():
+        raise InputError(f"{found.path} is no workdir of a run: it has no config.json.")
+    return found

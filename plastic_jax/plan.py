@@ -1,0 +1,169 @@
+"""The plan: trials grouped into compiled programs, common stage prefixes trained once, forked where they part.
+
+A *node* is a stretch of one stage, from one whole epoch to another, that a set of trials has in common. Nodes form a
+forest: ten warm-start lengths of a seed are one pretraining cut at ten places, with a tuning stage hanging from each
+(contract 4). Equal trials fall on the same nodes by themselves.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from plastic_jax import sampler
+from plastic_jax.config import Config
+from plastic_jax.trial import CONTINUED, Stage, Study, Trial
+
+
+@dataclass
+class Node:
+    """Epochs `first` .. `last` of a stage, for all of `trials`; `ends` are those whose stage ends with it.
+
+    `control` marks the fresh trial trained on to the largest number of updates of the trials `served`; its `last`
+    is found when they have ended, if their stages end by accuracy.
+    """
+
+    index: int
+    parent: int | None
+    trial: Trial  # the first of its trials; seed and point are common to all
+    stage: Stage
+    first: int
+    last: int
+    trials: tuple[int, ...]
+    ends: tuple[int, ...]
+    final: bool = False  # a trial's last stage ends here
+    control: bool = False
+    served: tuple[int, ...] = ()
+    children: list[int] = field(default_factory=list)
+
+    @property
+    def begins(self) -> bool:
+        """Whether the stage starts with this node."""
+        return self.first == 0
+
+    def steps(self, last: int | None = None) -> int:
+        """Steps from `first` to `last`."""
+        size, batch = self.stage.size, self.trial.point.batch_size
+        end = self.last if last is None else last
+        return sampler.stage_steps(size, end, batch) - sampler.stage_steps(size, self.first, batch)
+
+    def boundary(self, epoch: int, eval_every: int) -> int:
+        """The next epoch after `epoch` at which the host looks: an evaluation, or the node's end."""
+        return min((epoch // eval_every + 1) * eval_every, self.last)
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """The trials that one compiled program trains, and their nodes (indices are positions in `nodes`)."""
+
+    point: Config
+    trials: tuple[Trial, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def leaves(self) -> int:
+        """Nodes without a child, which bounds how many can run side by side."""
+        return sum(not node.children for node in self.nodes)
+
+    @property
+    def shared_steps(self) -> int:
+        """Trial-steps to train."""
+        return sum(node.steps() for node in self.nodes)
+
+    @property
+    def unshared_steps(self) -> int:
+        """Trial-steps if every trial were trained from its own start."""
+        alone = sum(_planned_steps(trial) for trial in self.trials)
+        return alone + sum(node.steps() for node in self.nodes if node.control)
+
+    def reaches(self) -> list[tuple[int, int]]:
+        """Each node's first and last epoch: a control after stages that end by accuracy learns its own in the run."""
+        return [(node.first, node.last) for node in self.nodes]
+
+    def set_reaches(self, reaches: Sequence[tuple[int, int]]) -> None:
+        """Take over the reaches of a run that is gone on with."""
+        for node, (first, last) in zip(self.nodes, reaches, strict=True):
+            node.first, node.last = first, last
+
+    def remaining(self) -> list[int]:
+        """For each node, the steps of the longest way from its start to a leaf."""
+        longest = [0] * len(self.nodes)
+        for node in reversed(self.nodes):
+            longest[node.index] = node.steps() + max((longest[c] for c in node.children), default=0)
+        return longest
+
+
+def _planned_steps(trial: Trial) -> int:
+    return sum(sampler.stage_steps(s.size, s.epochs, trial.point.batch_size) for s in trial.stages)
+
+
+def control_epochs(updates: int, size: int, batch_size: int) -> int:
+    """The last whole epoch of the tuning stage that `updates` steps reach."""
+    return updates * batch_size // size
+
+
+def programs(study: Study) -> tuple[ProgramPlan, ...]:
+    """Group the trials of a study by program and share the prefixes in each group."""
+    groups: dict[tuple, list[Trial]] = {}
+    for trial in study.trials:
+        groups.setdefault(trial.program, []).append(trial)
+    return tuple(_program(study, tuple(trials)) for trials in groups.values())
+
+
+def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
+    nodes: list[Node] = []
+
+    def add(parent: int | None, node_trials: Sequence[Trial], stage: Stage, first: int, last: int, **more) -> Node:
+        numbers = tuple(t.trial for t in node_trials)
+        node = Node(len(nodes), parent, node_trials[0], stage, first, last, numbers, **more)
+        nodes.append(node)
+        if parent is not None:
+            nodes[parent].children.append(node.index)
+        return node
+
+    def grow(parent: int | None, group: Iterable[Trial], depth: int) -> None:
+        """Lay the stages number `depth` of trials that have been alike so far."""
+        same: dict[tuple, list[Trial]] = {}
+        for trial in group:
+            stage = trial.stages[depth]
+            # How long a stage is changes its start only through its schedule.
+            length = 0 if trial.point.schedule == "constant" else stage.epochs
+            last = depth == len(trial.stages) - 1
+            same.setdefault((dataclasses.replace(stage, epochs=length), last), []).append(trial)
+        for (_, last), alike in same.items():
+            first, before = 0, parent
+            for epochs in sorted({t.stages[depth].epochs for t in alike}):
+                through = [t for t in alike if t.stages[depth].epochs >= epochs]
+                ending = [t for t in through if t.stages[depth].epochs == epochs]
+                stage = through[-1].stages[depth]
+                ends = tuple(t.trial for t in ending)
+                node = add(before, through, stage, first, epochs, ends=ends, final=last)
+                if last:
+                    continue_fresh(node, ending)
+                else:
+                    grow(node.index, ending, depth + 1)
+                first, before = epochs, node.index
+
+    def continue_fresh(node: Node, ending: Sequence[Trial]) -> None:
+        for fresh in ending:
+            served = [
+                t
+                for t in trials
+                if t.seed == fresh.seed and reference[t.arm] == fresh.arm and t.arm != fresh.arm
+            ]
+            if not (study.sweep.equal_updates and served):
+                continue
+            longest = max(_planned_steps(t) for t in served)
+            last = control_epochs(longest, node.stage.size, fresh.point.batch_size)
+            if last <= node.last:
+                continue
+            stage = dataclasses.replace(node.stage, name=CONTINUED, epochs=last, accuracy=0.0)
+            numbers = tuple(t.trial for t in served)
+            add(node.index, [fresh], stage, node.last, last, ends=(fresh.trial,), control=True, served=numbers)
+
+    reference = {arm.arm: arm.fresh for arm in study.arms}
+    by_sample: dict[tuple, list[Trial]] = {}
+    for trial in trials:
+        by_sample.setdefault((trial.seed, trial.point.label_noise), []).append(trial)
+    for group in by_sample.values():
+        grow(None, group, 0)
+    return ProgramPlan(trials[0].point, trials, tuple(nodes))

@@ -1,0 +1,348 @@
+"""A run from config to report: what an entry point does, and `plastic_jax.run`."""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import pandas as pd
+
+from plastic_jax import data, experiment, figures, plan, report, results, rows, tracking, train, trial, workdir
+from plastic_jax.checkpoint import Checkpoints
+from plastic_jax.config import Sweep
+from plastic_jax.dry_run import describe, table_of
+from plastic_jax.errors import InputError
+from plastic_jax.loading import Run, load
+from plastic_jax.trial_axis import Formulation
+
+PACKAGES = ("plastic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Interrupted(Exception):
+    """The process was asked to stop; everything computed is in a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is no part of the config: where to read, write and log, and how."""
+
+    workdir: str | None = None
+    data_dir: str | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    wandb: str = "auto"
+    device_memory_gib: float = 0.0
+    command: str = ""
+    progress: bool = True
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of the packages that a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True)  # noqa: E731
+        head = git("rev-parse", "HEAD").stdout.strip()
+        return head + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def default_workdir(name: str, sweep: Sweep) -> Path:
+    """runs/NAME-HASH: the same config comes back to the same folder."""
+    text = json.dumps(sweep.as_dict(), sort_keys=True)
+    return Path("runs") / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def run(
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    study: experiment.Experiment | None = None,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> Run | None:
+    """Train a sweep and report it, as an entry point does.
+
+    Args:
+      config: a value or a sequence of values for each field; the others take their defaults.
+      workdir: the run's folder; the same call on the same folder goes on where it stopped.
+      study: the experiment, by default the warm-start study.
+      say: takes each sentence meant for the user.
+      **options: fields of `Options`, such as data_dir, dry_run, overwrite, wandb.
+
+    Returns:
+      The finished run as `plastic_jax.load` gives it; None after a dry run.
+
+    Raises:
+      InputError: bad input, before any work has started.
+    """
+    chosen = Options(workdir=None if workdir is None else os.fspath(workdir), **options)
+    return _run(study or experiment.Experiment(), Sweep.of(config), chosen, say)
+
+
+def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callable[[str], None]) -> Run | None:
+    specs = {name: data.spec(name, options.data_dir) for name in sweep.values["dataset"]}
+    study = trial.study(sweep, specs, of.fresh)
+    programs = plan.programs(study)
+    if "float64" in sweep.values["compute_dtype"]:
+        jax.config.update("jax_enable_x64", True)
+    path = Path(options.workdir) if options.workdir else default_workdir(of.name, sweep)
+    if options.wandb not in tracking.MODES:
+        raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(tracking.MODES)}.")
+    with workdir.opened(path):
+        if options.overwrite:
+            workdir.clear(path)
+        going_on = workdir.same_config(path, sweep.as_dict(), of.name)
+        if going_on and not options.dry_run:
+            formulations = _recorded(path, len(programs))
+        else:
+            described = describe(study, programs, specs, options.device_memory_gib)
+            formulations = [Formulation(**p["formulation"]) for p in described["programs"]]
+            if options.dry_run:
+                if not going_on:
+                    workdir.write_json(path / "plan.json", described)
+                say(table_of(described))
+                say(f"Nothing was trained. The whole plan is in {path / 'plan.json'}.")
+                return None
+        sets = {name: data.load(name, options.data_dir) for name in specs}
+        if not going_on:
+            workdir.write_json(path / "plan.json", described)
+            workdir.write_json(path / "config.json", _config_file(of, study, options))
+        training = Training(of, study, programs, formulations, sets, path, options, say)
+        training.run()
+        return load(path)
+
+
+def _recorded(path: Path, count: int) -> list[Formulation]:
+    """The formulations that a run began with, which it keeps (contract 1)."""
+    try:
+        found = [Formulation(**p["formulation"]) for p in workdir.read_json(path / "plan.json")["programs"]]
+    except (KeyError, TypeError):
+        found = []
+    if len(found) != count:
+        raise InputError(f"{path / 'plan.json'} is damaged: pass --overwrite to start anew.")
+    return found
+
+
+def _config_file(of: experiment.Experiment, study: trial.Study, options: Options) -> dict[str, Any]:
+    device = jax.local_devices()[0]
+    return {
+        "experiment": of.name,
+        "config": study.sweep.as_dict(),
+        "command": options.command or shlex.join(sys.argv),
+        "versions": versions(),
+        "commit": commit(),
+        "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform})",
+        "date": datetime.date.today().isoformat(),
+        "trials": [
+            {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": dataclasses.asdict(t.point)}
+            for t in study.trials
+        ],
+    }
+
+
+class Training:
+    """The host's loop over programs: checkpoints, progress, tables and the report."""
+
+    def __init__(
+        self,
+        of: experiment.Experiment,
+        study: trial.Study,
+        programs: tuple[plan.ProgramPlan, ...],
+        formulations: list[Formulation],
+        sets: dict[str, data.Dataset],
+        path: Path,
+        options: Options,
+        say: Callable[[str], None],
+    ):
+        self.of, self.study, self.programs, self.formulations = of, study, programs, formulations
+        self.sets, self.path, self.options, self.say = sets, path, options, say
+        self.done: list[train.Records] = []  # of finished programs
+        self.kept: list[dict[str, Any]] = []  # states kept: which trial and stage, and where
+        self.stop: int | None = None
+        self.config = workdir.read_json(path / "config.json")
+
+    def run(self) -> None:
+        """Train what is not trained yet, then report."""
+        checkpoints = Checkpoints(self.path / "checkpoints" / "run")
+        tracker = self._tracker()
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._catch()
+            self._train(checkpoints, tracker)
+        finally:
+            for number, handler in before.items():
+                _set_signal(number, handler)
+            checkpoints.close()
+        self._report(tracker)
+
+    def _tracker(self) -> tracking.Tracker:
+        trials = [tracking.Trial(**t) for t in self.config["trials"]]
+        return tracking.Tracker(
+            self.options.wandb, self.path, "plastic_jax", self.of.name, trials, self.say
+        )
+
+    def _catch(self) -> None:
+        def asked(number: int, _: Any) -> None:
+            if self.stop is not None:
+                raise KeyboardInterrupt
+            self.stop = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _set_signal(number, asked)
+
+    def _train(self, checkpoints: Checkpoints, tracker: tracking.Tracker) -> None:
+        from tqdm import tqdm
+
+        found = checkpoints.restore(self.say)
+        arrays, host = found or ({}, {"done": [], "program": None})
+        for program, (records, reaches) in zip(self.programs, host["done"], strict=False):
+            self.done.append({int(k): v for k, v in records})
+            program.set_reaches(reaches)
+        total = sum(p.shared_steps for p in self.programs)
+        passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
+        bar = tqdm(
+            total=total, initial=passed, unit=" steps", unit_scale=True, desc="training", smoothing=0.05,
+            disable=not self.options.progress, dynamic_ncols=True, leave=True,
+        )  # fmt: skip
+        if found:
+            self._write_table()
+            self.say(f"Going on from the checkpoint in {checkpoints.directory}.")
+        with bar:
+            for number in range(len(self.done), len(self.programs)):
+                program = self.programs[number]
+                live = train.ProgramRun(
+                    program,
+                    self.sets[program.point.dataset],
+                    self.formulations[number],
+                    jax.local_devices(),
+                    self.study.sweep.eval_every,
+                    self.study.sweep.keep,
+                )
+                if host["program"] is not None:
+                    live.resume(arrays, host["program"])
+                    host["program"] = None
+                self._train_program(live, bar, passed, checkpoints, tracker)
+                self._keep(live, number)
+                self.done.append(live.records)
+                passed += program.shared_steps
+                self._save(checkpoints, None)
+            bar.update(bar.total - bar.n)
+        checkpoints.wait()
+
+    def _train_program(
+        self, live: train.ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: tracking.Tracker
+    ) -> None:
+        saved = time.monotonic()
+        while live.step():
+            released = live.released()
+            tracker.log(list(rows.rows(self.study, live.plan, live.records, released)) if tracker.mode == "online" else [])
+            bar.update(min(passed + live.steps_done, bar.total) - bar.n)
+            due = time.monotonic() - saved > 60 * self.study.sweep.checkpoint_minutes
+            if due or self.stop is not None:
+                self._save(checkpoints, live)
+                saved = time.monotonic()
+            if self.stop is not None:
+                checkpoints.wait()
+                raise Interrupted(signal.Signals(self.stop).name)
+
+    def _save(self, checkpoints: Checkpoints, live: train.ProgramRun | None) -> None:
+        arrays, program = live.snapshot() if live else ({}, None)
+        done = [(sorted(r.items()), p.reaches()) for p, r in zip(self.programs, self.done, strict=False)]
+        host = {"done": done, "program": program}
+        checkpoints.save(arrays, host)
+        self._write_table(live)
+
+    def _keep(self, live: train.ProgramRun, number: int) -> None:
+        if self.study.sweep.keep != "none":
+            live.write_kept(self.path / "checkpoints" / "kept" / str(number))
+
+    def _write_table(self, live: train.ProgramRun | None = None) -> pd.DataFrame:
+        found: dict[str, list[Any]] = {name: [] for name in rows.columns(self.study)}
+        recorded = list(zip(self.programs, self.done, strict=False))
+        if live:
+            recorded.append((live.plan, live.records))
+        for program, records in recorded:
+            for row in rows.rows(self.study, program, records):
+                for name, column in found.items():
+                    column.append(row.get(name))
+        table = pd.DataFrame({n: pd.Series(c, dtype=object if n in self.study.swept else None) for n, c in found.items()})
+        results.write(table, self.path / "results.parquet", self.study.swept)
+        return table
+
+    def _report(self, tracker: tracking.Tracker) -> None:
+        self._write_table()
+        table = results.read(self.path / "results.parquet")
+        setting = self._setting()
+        summary = results.summary(table, setting)
+        workdir.write_json(self.path / "summary.json", summary)
+        drawn = [
+            figures.save_figure(figure, self.path, name, caption)
+            for name, caption, figure in self.of.draw(table, summary, setting, self._subtitle())
+        ]
+        page = report.page(
+            self.path,
+            title=self.of.title,
+            summary=summary,
+            setting=setting,
+            figures=drawn,
+            config=self.config["config"],
+            versions={**self.config["versions"], "commit": self.config["commit"] or "none"},
+            device=self.config["device"],
+            command=self.config["command"],
+            notes=self._notes(),
+        )
+        tracker.finish(table, summary)
+        self.say("\n" + report.terminal_table(summary, setting))
+        self.say("Figures: " + ", ".join(str(f.path) for f in drawn) + f"\nReport:  {page}")
+
+    def _setting(self) -> results.Setting:
+        return results.Setting(
+            swept=self.study.swept,
+            arms=tuple({"arm": arm.arm, **arm.values} for arm in self.study.arms),
+            fresh={arm.arm: arm.fresh for arm in self.study.arms},
+            metric_epochs=self.study.sweep.metric_epochs,
+            equal_updates=self.study.sweep.equal_updates,
+        )
+
+    def _subtitle(self) -> str:
+        values = self.study.sweep.values
+        one = {n: v[0] if len(v) == 1 else "/".join(map(str, v)) for n, v in values.items()}
+        spec = self.sets[values["dataset"][0]].spec
+        size = one["train_examples"] or spec.train_examples
+        noise = f", label noise {one['label_noise']}" if any(values["label_noise"]) else ""
+        net = f"{one['model']} of depth {one['depth']}, width {one['width']}"
+        return f"{one['dataset']}, {size} train examples{noise}; {net}; {self.study.sweep.seeds} seeds"
+
+    def _notes(self) -> list[str]:
+        device = self.config["device"]
+        return [f"Trained on {device} on {self.config['date']}."]
+
+
+def _set_signal(number: int, handler: Any) -> None:
+    try:
+        signal.signal(number, handler)
+    except ValueError:  # not in the main thread: signals are the caller's then
+        pass

@@ -1,0 +1,124 @@
+"""One sampler for all stages: a permutation of the trial's train set, a prefix of it, an order for each epoch.
+
+A trial's train set has N examples, known by their *local* numbers 0 .. N-1, which depend on the seed alone; a
+stage's data set is the first `size` entries of the trial's permutation. An epoch's order is drawn over local
+numbers, not over positions in the permutation, so that arms with other permutations or sizes see the same tuning
+batches (contract 2). An incomplete batch is filled up from the next epoch: step k takes the examples kB .. kB+B-1
+of the endless sequence of epochs, epoch e ends with step ceil(e size / B), and its evaluation falls there.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plastic_jax import streams
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """A trial's own view of the train set, drawn on the host.
+
+    `ids` [N] int32: the data set's example behind each local number; `labels` [N] int32: labels trained on;
+    `permutation` [N] int32 of local numbers; `held_back` [V] int32: examples kept for validation.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    permutation: np.ndarray
+    held_back: np.ndarray
+
+
+def validation_size(pool: int, fraction: float) -> int:
+    """Number of the `pool` train examples held back: the nearest whole number, halves up."""
+    return int(np.floor(pool * fraction + 0.5))
+
+
+def train_size(pool: int, train_examples: int, validation_fraction: float) -> int:
+    """N, the number of examples that a trial trains on."""
+    return train_examples or pool - validation_size(pool, validation_fraction)
+
+
+def subset_size(size: int, fraction: float) -> int:
+    """Size of the pretraining subset: the nearest whole number, halves up, at least 1."""
+    return max(1, int(np.floor(size * fraction + 0.5)))
+
+
+def stage_steps(size: int, epochs: int, batch_size: int) -> int:
+    """Steps after which epoch number `epochs` of a stage has been seen whole."""
+    return -(-epochs * size // batch_size)
+
+
+@lru_cache(maxsize=512)
+def _draw(seed: int, name: str, count: int) -> np.ndarray:
+    """`count` uniform 32-bit words of a stream, [count] uint32, on the host's own device."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(jax.random.bits(streams.stream(seed, name), (count,), jnp.uint32))
+
+
+def _permutation(seed: int, name: str, count: int) -> np.ndarray:
+    return np.argsort(_draw(seed, name, count), kind="stable").astype(np.int32)
+
+
+def noisy_labels(seed: int, labels: np.ndarray, classes: int, noise: float) -> np.ndarray:
+    """Each label replaced with probability `noise` by one of the other classes, uniformly; [pool] int32.
+
+    The same draw decides for every noise level, so a higher level adds to the labels that a lower one replaced.
+    """
+    replaced = _draw(seed, streams.LABEL_NOISE, len(labels)) < noise * 2.0**32
+    shift = 1 + (_draw(seed, streams.LABEL_NOISE + ": class", len(labels)) % max(classes - 1, 1))
+    other = (labels + shift.astype(np.int32)) % classes
+    return np.where(replaced, other, labels).astype(np.int32)
+
+
+def train_set(
+    seed: int,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    train_examples: int,
+    validation_fraction: float,
+    label_noise: float,
+) -> TrainSet:
+    """Draw a seed's train set, label noise and permutation from their streams.
+
+    `labels` [pool] are the data set's own. The held-back examples are drawn first and the train set from the rest,
+    so that smaller train sets of a seed are nested in larger ones.
+    """
+    pool = len(labels)
+    drawn = _permutation(seed, streams.TRAIN_SET, pool)
+    held = validation_size(pool, validation_fraction)
+    size = train_size(pool, train_examples, validation_fraction)
+    ids = drawn[held : held + size]
+    noisy = noisy_labels(seed, labels, classes, label_noise)
+    return TrainSet(ids, noisy[ids], _permutation(seed, streams.SUBSET, size), drawn[:held])
+
+
+def epoch_order(
+    seed: jax.Array, stream: jax.Array, epoch: jax.Array, permutation: jax.Array, size: jax.Array
+) -> jax.Array:
+    """Local numbers of a stage's members in the order of one epoch, [N] int32, members first.
+
+    A random 31-bit word for each local number, sorted (ties by number); the word of an example is the same whatever
+    the members are.
+    """
+    n = permutation.shape[0]
+    words = jax.random.bits(streams.stream(seed, streams.ORDER, stream, epoch), (n,), jnp.uint32)
+    member = jnp.zeros(n, bool).at[permutation].set(jnp.arange(n, dtype=jnp.int32) < size)
+    words = (words >> 1) | jnp.where(member, jnp.uint32(0), jnp.uint32(1 << 31))
+    numbers = jnp.arange(n, dtype=jnp.int32)
+    return jax.lax.sort((words, numbers), num_keys=1, is_stable=True)[1]
+
+
+def batch(
+    order: jax.Array, following: jax.Array, epoch: jax.Array, step: jax.Array, size: jax.Array, batch_size: int
+) -> jax.Array:
+    """Local numbers of step `step`, [B] int32: the rest of `epoch`'s order, then the start of the following one's.
+
+    A stage's data set must hold at least one batch, so a batch spans two epochs at most.
+    """
+    position = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32) - epoch * size
+    both = jnp.concatenate([order, following])
+    return both[jnp.where(position < size, position, position - size + order.shape[0])]

@@ -1,0 +1,26 @@
+"""Named random streams of a seed: every random number of a trial comes from one of them (contract 1)."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+INITIALISATION = "initialisation"  # the trial's first parameters
+TRAIN_SET = "train set"  # which examples make up a smaller train set, which are held back
+SUBSET = "subset"  # the permutation whose prefixes are the stages' data sets
+LABEL_NOISE = "label noise"
+ORDER = "order"  # order of stage s, epoch e
+MIXTURE = "mixture"  # draws with replacement of a smooth transition
+INTERVENTION = "intervention"  # fresh draws when a stage starts
+
+
+def stream(seed: jax.Array | int, name: str, *counters: jax.Array | int) -> jax.Array:
+    """The key of stream `name` of `seed`, folded with `counters` (stage, epoch, ...); a typed key, shape ().
+
+    A function of its arguments alone; `seed` and `counters` may be traced.
+    """
+    key = jax.random.key(jnp.asarray(seed, jnp.uint32), impl="threefry2x32")
+    key = jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
+    for counter in counters:
+        key = jax.random.fold_in(key, jnp.asarray(counter, jnp.uint32))
+    return key

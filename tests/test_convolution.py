@@ -1,0 +1,252 @@
+"""The mended convolution equals the plain one, and compiles to what XLA's CPU backend runs fast."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from plastic_jax import models
+from plastic_jax.convolution import FORMULATIONS, conv
+from plastic_jax.errors import InputError
+
+TRIALS, BATCH, INPUTS, OUTPUTS = 2, 3, 3, 5
+NHWC = ("NHWC", "HWIO", "NHWC")
+# (taps, padding, stride): all that a ResNet has.
+KINDS = [(3, 1, 1), (3, 1, 2), (1, 0, 1), (1, 0, 2)]
+CANONICAL = "b01f_01io->b01f"
+
+
+def operands(kind, size, dtype, trials=TRIALS):
+    """Images, kernels and output gradients with a leading trial axis."""
+    taps, padding, stride = kind
+    random = np.random.default_rng(0)
+    out = [(side + 2 * padding - taps) // stride + 1 for side in size]
+    shapes = (
+        (trials, BATCH, *size, INPUTS),
+        (trials, taps, taps, INPUTS, OUTPUTS),
+        (trials, BATCH, *out, OUTPUTS),
+    )
+    return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
+
+
+def with_gradients(name, kind):
+    """(images, kernel, output gradient) -> (output, image gradient, kernel gradient)."""
+    _, padding, stride = kind
+
+    def function(images, kernel, gradient):
+        def convolve(images, kernel):
+            pads = ((padding, padding), (padding, padding))
+            return conv(name)(images, kernel, (stride, stride), pads, dimension_numbers=NHWC)
+
+        out, pullback = jax.vjp(convolve, images, kernel)
+        return out, *pullback(gradient)
+
+    return function
+
+
+def assert_close(actual, expected, tolerance):
+    """Within the tolerance of the largest value, with equal types and shapes."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype and a.shape == e.shape
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max())
+
+
+def first_trial(function):
+    return lambda *stacked: function(*(array[0] for array in stacked))
+
+
+@pytest.mark.parametrize("size", [(8, 5), (1, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_plain_in_float64(kind, size):
+    with jax.enable_x64(True):
+        stacked = operands(kind, size, jnp.float64)
+        plain, mended = (with_gradients(name, kind) for name in ("plain", "mended"))
+
+        @jax.jit
+        def compare(*stacked):
+            return [(t(mended)(*stacked), t(plain)(*stacked)) for t in (first_trial, jax.vmap)]
+
+        for actual, expected in compare(*stacked):
+            assert_close(actual, expected, 1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_equals_plain_in_low_precision(kind, dtype, tolerance):
+    stacked = operands(kind, (7, 8), dtype)
+    plain, mended = (jax.jit(first_trial(with_gradients(n, kind))) for n in ("plain", "mended"))
+    assert_close(mended(*stacked), plain(*stacked), tolerance)
+
+
+@pytest.mark.parametrize("kind", [(3, 1, 2), (1, 0, 2)])
+def test_equals_plain_inside_map_scan_and_shard_map(kind):
+    devices = len(jax.devices())
+    stacked = operands(kind, (7, 8), jnp.float32, trials=devices)
+    function = with_gradients("mended", kind)
+    expected = jax.jit(jax.vmap(with_gradients("plain", kind)))(*stacked)
+    mesh = jax.make_mesh((devices,), ("trials",), axis_types=(AxisType.Auto,))
+
+    def mapped(*args):
+        return lax.map(lambda xs: function(*xs), args)
+
+    def scanned(*args):
+        return lax.scan(lambda carry, xs: (carry, function(*xs)), (), args)[1]
+
+    for transform in (mapped, scanned):
+        assert_close(jax.jit(transform)(*stacked), expected, 1e-6)
+        sharded = jax.shard_map(transform, mesh=mesh, in_specs=P("trials"), out_specs=P("trials"))
+        assert_close(jax.jit(sharded)(*stacked), expected, 1e-6)
+
+
+@pytest.mark.parametrize("shared", ["images", "kernel"])
+def test_gradient_of_an_operand_that_all_shards_share(shared):
+    """In a shard_map the gradient of a replicated operand is summed over the shards."""
+    devices, kind = len(jax.devices()), (3, 1, 2)
+    images, kernels, gradients = operands(kind, (7, 8), jnp.float32, trials=devices)
+    images, kernels = (images[0], kernels) if shared == "images" else (images, kernels[0])
+    specs = tuple(P() if a.ndim == 4 else P("trials") for a in (images, kernels))
+    mesh = jax.make_mesh((devices,), ("trials",), axis_types=(AxisType.Auto,))
+
+    def local_gradients(name):
+        def function(images, kernels, gradients):
+            images = images if images.ndim == 4 else images[0]
+            kernel = kernels if kernels.ndim == 4 else kernels[0]
+            _, *pulled = with_gradients(name, kind)(images, kernel, gradients[0])
+            return tuple(
+                a if a_spec == P() else a[None] for a, a_spec in zip(pulled, specs, strict=True)
+            )
+
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=(*specs, P("trials")), out_specs=specs
+        )
+
+    actual, expected = (
+        jax.jit(local_gradients(name))(images, kernels, gradients) for name in ("mended", "plain")
+    )
+    assert_close(actual, expected, 1e-6)
+
+
+def test_hessian_vector_product_equals_plain():
+    """Curvature measurements differentiate the gradient once more, forwards."""
+    kind = (3, 1, 2)
+    with jax.enable_x64(True):
+        images, kernel, _ = (a[0] for a in operands(kind, (7, 8), jnp.float64))
+        direction = operands(kind, (7, 8), jnp.float64)[1][1]
+
+        def product(name):
+            def loss(kernel):
+                out = conv(name)(images, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=NHWC)
+                return jnp.sum(jnp.tanh(out))
+
+            forward_over_reverse = jax.jvp(jax.grad(loss), (kernel,), (direction,))[1]
+            reverse_over_reverse = jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), direction))
+            return forward_over_reverse, reverse_over_reverse(kernel)
+
+        assert_close(product("mended"), product("plain"), 1e-12)
+
+
+def convolution_layouts(compiled_text):
+    """How often each layout stands behind a convolution in a compiled program's text."""
+    return Counter(re.findall(r" convolution\(.*dim_labels=([^,\s]+)", compiled_text))
+
+
+def training_loop_layouts(convolution, side):
+    """The layouts in a scan over steps of a map over trials that train a small ResNet."""
+    module = models.build(
+        "resnet",
+        width=2,
+        depth=1,
+        norm="batch",
+        initialisation="he",
+        compute_dtype="float32",
+        classes=3,
+        convolution=convolution,
+    )
+
+    def loss(params, batch_stats, images):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, batch_stats = models.apply(module, variables, images, train=True)
+        return jnp.mean(jnp.square(logits)), batch_stats
+
+    def step(variables, images):
+        gradient = jax.grad(loss, has_aux=True)
+        grads, batch_stats = gradient(variables["params"], variables["batch_stats"], images)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
+        return {"params": params, "batch_stats": batch_stats}
+
+    def train(variables, images_NBHWC):
+        def all_trials(variables, images):
+            return lax.map(lambda v: step(v, images), variables), None
+
+        return lax.scan(all_trials, variables, images_NBHWC)[0]
+
+    def init(keys):
+        return jax.vmap(lambda key: models.init(module, key, (side, side, 3)))(keys)
+
+    variables = jax.eval_shape(init, jax.random.split(jax.random.key(0), TRIALS))
+    images = jax.ShapeDtypeStruct((4, 8, side, side, 3), jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        lowered = jax.jit(train).lower(variables, images)
+    # XLA's passes are what counts; LLVM's, after them, only take time.
+    return convolution_layouts(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+
+
+@pytest.mark.parametrize("side", [16, 8])
+def test_mended_has_no_slow_convolution_in_a_training_loop(side):
+    """XLA's CPU backend is fast in a loop only on the canonical layout (jax-ml/jax#12868).
+
+    The last module's images are 2x2 and 1x1 here, where XLA likes to exchange image and kernel.
+    """
+    layouts = training_loop_layouts("mended", side)
+    assert set(layouts) == {CANONICAL}
+    # 12 convolutions forward, and for kernels; one less for images; a few may become products.
+    assert 20 < layouts.total() <= 12 + 12 + 11
+
+
+def test_plain_has_slow_convolutions_in_a_training_loop():
+    """If this fails, XLA no longer needs the mended formulation: measure, then remove it."""
+    layouts = training_loop_layouts("plain", 16)
+    assert layouts[CANONICAL] > 0
+    assert layouts.total() - layouts[CANONICAL] >= 12, layouts
+
+
+def test_padding_by_name():
+    images, kernel, _ = (a[0] for a in operands((3, 1, 2), (7, 8), jnp.float32))
+    for padding in ("SAME", "VALID"):
+        actual, expected = (
+            conv(name)(images, kernel, (2, 2), padding, dimension_numbers=NHWC)
+            for name in ("mended", "plain")
+        )
+        assert_close(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rhs_dilation": (2, 1)},
+        {"lhs_dilation": (1, 2)},
+        {"feature_group_count": 3},
+        {"batch_group_count": 3},
+        {"dimension_numbers": None},
+        {"preferred_element_type": jnp.float32},
+    ],
+)
+def test_refuses_other_convolutions(options):
+    images, kernel, _ = (a[0] for a in operands((3, 1, 1), (7, 8), jnp.float32))
+    with pytest.raises(ValueError, match="use the plain one"):
+        conv("mended")(
+            images, kernel, (1, 1), ((1, 1), (1, 1)), **{"dimension_numbers": NHWC} | options
+        )
+
+
+def test_unknown_name_is_refused():
+    assert all(callable(conv(name)) for name in FORMULATIONS)
+    with pytest.raises(InputError, match="'fast'.*plain, mended"):
+        conv("fast")

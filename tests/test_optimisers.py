@@ -1,0 +1,137 @@
+"""Optimisers against `torch.optim` (fixtures from make_fixtures.py), schedules in closed form."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plastic_jax import optimisers
+from plastic_jax.errors import InputError
+
+FIXTURE = np.load(Path(__file__).parent / "fixtures" / "optimisers.npz")
+RUNS = [name for name in FIXTURE.files if "/" in name]
+
+
+def run(optimiser, params, grads, rates, weight_decay):
+    """Parameters after each step; all arguments but the first are arrays."""
+
+    def step(carry, xs):
+        params, state = carry
+        params, state = optimiser.update(xs[0], state, params, xs[1], weight_decay)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, optimiser.init(params)), (grads, rates))[1]
+
+
+def test_fixture_holds_every_optimiser():
+    names = {name.split("/")[0] for name in RUNS}
+    assert names == {*optimisers.OPTIMIZERS, "adam_decoupled"} and len(RUNS) == 9
+
+
+# In float32, Optax's 1 - .999^t alone is off by 1e-5 at t = 1; a step of Adam is at most 0.03.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
+@pytest.mark.parametrize("name", RUNS)
+def test_twenty_steps_equal_pytorchs(name, dtype, tolerance):
+    spelled, weight_decay = name.split("/")
+    optimiser = optimisers.build(spelled.split("_")[0], decoupled="_" in spelled)
+    with jax.enable_x64(dtype == "float64"):
+        params, grads, rates = (
+            jnp.asarray(FIXTURE[key], dtype) for key in ("params", "grads", "rates")
+        )
+        after = jax.jit(run, static_argnums=0)(
+            optimiser, params, grads, rates, jnp.asarray(float(weight_decay), dtype)
+        )
+    assert after.dtype == dtype
+    # Gradients go up to some hundred, and with them SGD's parameters.
+    expected = FIXTURE[name]
+    np.testing.assert_allclose(after, expected, rtol=tolerance, atol=tolerance * 0.1)
+
+
+@pytest.mark.parametrize("name", optimisers.OPTIMIZERS)
+def test_decoupled_decay_comes_beside_the_update(name):
+    """Decoupled: new = plain update's new - rate * decay * old, and the state never sees it."""
+    params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([[3.0]])}
+    grads = {"a": jnp.asarray([0.5, 0.25]), "b": jnp.asarray([[-1.0]])}
+    plain, decoupled = optimisers.build(name), optimisers.build(name, decoupled=True)
+    state = plain.init(params)
+    without, plain_state = plain.update(grads, state, params, 0.1, 0.0)
+    with_decay, decoupled_state = decoupled.update(grads, state, params, 0.1, 0.5)
+    for new, old, expected in zip(
+        *(jax.tree.leaves(tree) for tree in (with_decay, params, without)), strict=True
+    ):
+        np.testing.assert_allclose(new, expected - 0.1 * 0.5 * old, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(plain_state), jax.tree.leaves(decoupled_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("name", optimisers.OPTIMIZERS)
+def test_trials_with_their_own_hyperparameters_share_a_program(name, decoupled):
+    """vmap over rates and decays gives each trial what it gets alone; the state is all arrays."""
+    optimiser = optimisers.build(name, decoupled)
+    random = np.random.default_rng(1)
+    params = jnp.asarray(random.standard_normal((3, 4)), jnp.float32)
+    grads = jnp.asarray(random.standard_normal((3, 5, 4)), jnp.float32)
+    rates = jnp.asarray([1e-3, 1e-1, 0.0])[:, None] * jnp.ones((3, 5))
+    decays = jnp.asarray([0.0, 0.1, 0.1])
+    state = jax.vmap(optimiser.init)(params)
+    leaves = jax.tree.leaves(state)
+    assert all(leaf.shape[0] == 3 and not np.any(leaf) for leaf in leaves)
+
+    stacked = jax.vmap(lambda *args: run(optimiser, *args))(params, grads, rates, decays)
+    traces = []
+
+    def counted(*args):
+        traces.append(args[0])
+        return run(*args)
+
+    alone = jax.jit(counted, static_argnums=0)
+    for trial in range(3):
+        expected = alone(optimiser, params[trial], grads[trial], rates[trial], decays[trial])
+        np.testing.assert_allclose(stacked[trial], expected, rtol=1e-6, atol=1e-7)
+    # Equal optimisers share one compiled program; rates and decays are traced.
+    alone(optimisers.build(name, decoupled), params[0], grads[0], rates[1], decays[1])
+    assert len(traces) == 1
+    # A rate of zero leaves the parameters where they are.
+    np.testing.assert_array_equal(stacked[2], np.broadcast_to(params[2], (5, 4)))
+
+
+def test_types_survive_x64():
+    with jax.enable_x64(True):
+        params = jnp.ones(3, jnp.float32)
+        for name in optimisers.OPTIMIZERS:
+            optimiser = optimisers.build(name)
+            new, state = optimiser.update(
+                params, optimiser.init(params), params, jnp.asarray(0.1), jnp.asarray(0.1)
+            )
+            kinds = {leaf.dtype for leaf in jax.tree.leaves((new, state)) if leaf.ndim}
+            assert kinds == {jnp.dtype("float32")}
+
+
+def test_schedules():
+    steps, total = jnp.arange(0, 11), 10
+    expected = {
+        "constant": np.ones(11),
+        "linear": 1 - np.arange(11) / 10,
+        "cosine": (1 + np.cos(np.pi * np.arange(11) / 10)) / 2,
+    }
+    assert set(expected) == set(optimisers.SCHEDULES)
+    for name in optimisers.SCHEDULES:
+
+        def factor(step, total, name=name):
+            return optimisers.schedule_factor(name, step, total)
+
+        factors = jax.jit(jax.vmap(factor, (0, None)))(steps, total)
+        assert factors.dtype == jnp.float32
+        np.testing.assert_allclose(factors, expected[name], atol=1e-6)
+        # Past the end, and for a stage without steps, it stays within [0, 1].
+        assert 0 <= factor(15, 10) <= 1 and factor(0, 0) == 1
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="'lion'.*adam, rmsprop, sgd, momentum"):
+        optimisers.build("lion")
+    with pytest.raises(InputError, match="'step'.*constant, cosine, linear"):
+        optimisers.schedule_factor("step", 0, 1)

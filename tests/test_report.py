@@ -1,0 +1,435 @@
+"""Figures, the terminal table and the page: what they show is what the table says."""
+
+import base64
+import html.parser
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import learning_curves, pair_table, rows, two_arms
+
+from plastic_jax import figures, report, results
+from plastic_jax.results import Setting
+
+LENGTHS = (0, 1, 10, 40)
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """Three optimisers, four lengths, five seeds: table, summary, setting."""
+    table, setting = learning_curves(
+        LENGTHS, ("adam", "rmsprop", "sgd"), 5, tuning_epochs=30, metric_epochs=10
+    )
+    return table, results.summary(table, setting), setting
+
+
+def part(sweep, optimizers: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict], Setting]:
+    table, _, whole = sweep
+    arms = tuple(arm for arm in whole.arms if arm["optimizer"] in optimizers)
+    fresh = {arm["arm"]: whole.fresh[arm["arm"]] for arm in arms}
+    setting = Setting(whole.swept, arms, fresh, whole.metric_epochs, whole.equal_updates)
+    table = table[table["optimizer"].isin(optimizers)]
+    return table, results.summary(table, setting), setting
+
+
+def make_page(workdir: Path, summary: list[dict], setting: Setting, **changes) -> str:
+    given = {
+        "title": "Warm-start length",
+        "figures": [],
+        "config": {"width": 64, "optimizer": ["adam", "sgd"], "inner": {"rate": 1e-3}},
+        "versions": {"jax": "0.10.2"},
+        "device": "2 x cpu",
+        "command": "python -m experiments.length",
+        "notes": [],
+    }
+    path = report.page(workdir, summary=summary, setting=setting, **(given | changes))
+    assert path == workdir / "report.html"
+    return path.read_text()
+
+
+# Figures
+
+
+def test_importing_is_light_and_drawing_leaves_pyplot_alone():
+    code = """if True:
+        import sys
+        import plastic_jax.report as report
+        from synthetic import pair_table, two_arms
+        heavy = ("matplotlib", "jinja2", "scipy", "jax")
+        print([name for name in heavy if name in sys.modules])
+        report.accuracy_curves(pair_table([0.8], [0.7]), two_arms(), "title")
+        print("matplotlib.pyplot" in sys.modules)
+    """
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert shown.stdout.split("\n") == ["[]", "False", ""]
+
+
+def test_png_depends_on_the_data_alone(sweep, tmp_path):
+    import matplotlib
+
+    table, summary, setting = sweep
+
+    def draw(folder: str, table: pd.DataFrame) -> list[bytes]:
+        curves = report.accuracy_curves(table, setting, "title")
+        gaps = report.gap_curve(table, summary, setting)
+        made = [
+            report.save_figure(canvas, tmp_path / folder, name, "caption")
+            for canvas, name in ((curves, "curves"), (gaps, "gaps"))
+        ]
+        assert made[0].path == tmp_path / folder / "figures" / "curves.png"
+        return [figure.path.read_bytes() for figure in made]
+
+    expected = draw("a", table)
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 20, "savefig.dpi": 30}):
+        assert draw("b", table.sample(frac=1, random_state=0)) == expected
+        assert matplotlib.rcParams["font.size"] == 20
+    for content in expected:
+        assert content.startswith(b"\x89PNG")
+        assert not re.search(b"tEXt|iTXt|tIME", content)
+    table = table.assign(test_accuracy=table["test_accuracy"] - 0.1)
+    assert draw("c", table)[0] != expected[0]
+
+
+def lines_of(axes) -> list[np.ndarray]:
+    return [np.array(line.get_xydata(), dtype=float) for line in axes.get_lines()]
+
+
+def test_accuracy_curves_align_the_tuning_stages(sweep):
+    table, _, setting = part(sweep, ("adam",))
+    curves, dots = report.accuracy_curves(table, setting, "digits").axes
+    longest = table[table["warm_start_epochs"] == 40]
+    expected = 100 * longest.groupby(["stage", "epoch"])["test_accuracy"].mean()
+    drawn = lines_of(curves)
+
+    def line(stage: str, values: pd.Series) -> np.ndarray:
+        """The drawn line with these heights, its x."""
+        found = [d for d in drawn if len(d) == len(values) and np.allclose(d[:, 1], values)]
+        assert len(found) == 1, stage
+        return found[0][:, 0]
+
+    # 40 epochs of half the data are 20 passes over all of it
+    x = line("pretraining", expected["pretraining"])
+    np.testing.assert_allclose(x, np.arange(1, 41) / 2 - 20)
+    np.testing.assert_allclose(line("tuning", expected["tuning"]), np.arange(1, 31))
+    fresh = table[table["warm_start_epochs"] == 0]
+    expected = 100 * fresh.groupby(["stage", "epoch"])["test_accuracy"].mean()
+    np.testing.assert_allclose(line("tuning", expected["tuning"]), np.arange(1, 31))
+    x = line("tuning_continued", expected["tuning_continued"])
+    np.testing.assert_allclose(x, np.arange(31, 51))
+    labels = [tick.get_text() for tick in dots.get_xticklabels()]
+    assert len(labels) == 3 and labels[0] == "fresh"
+    assert "5 seeds; mean and 95 % interval" in curves.get_title(loc="left")
+    assert "optimizer=adam" in curves.get_title(loc="left")
+
+
+def test_accuracy_curves_band_is_the_t_interval():
+    table = pair_table([0.80, 0.82, 0.84], [0.7, 0.7, 0.7])
+    curves, _ = report.accuracy_curves(table, two_arms(), "digits").axes
+    low, high = 100 * np.array(results.t_interval(np.array([0.81, 0.83, 0.85])))
+    heights = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in curves.collections])
+    assert np.isclose(heights, low).any() and np.isclose(heights, high).any()
+
+
+def test_accuracy_curves_leave_out_diverged_and_unfinished_trials():
+    fresh, warm = two_arms().arms
+    table = pair_table([0.8, 0.9], [0.7, 0.6])
+    bad = rows(8, fresh, 8, "tuning", [1, 2, 3], [0.1, 0.1, 0.1], diverged=True)
+    bad += rows(9, warm, 8, "tuning", [1, 2, 3], [0.1, 0.1, 0.1], fit=None)
+    both = [
+        lines_of(report.accuracy_curves(t, two_arms(), "digits").axes[0])
+        for t in (table, pd.concat([table, pd.DataFrame(bad)]))
+    ]
+    assert all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
+    nothing = report.accuracy_curves(table.iloc[:0], two_arms(), "digits").axes[0]
+    assert "0 seeds" in nothing.get_title(loc="left")
+
+
+def test_curves_of_stages_that_end_at_different_epochs_stop_with_the_first():
+    """A mean over fewer and fewer seeds would be a mean over the slow ones."""
+    _, warm = two_arms().arms
+    table = pair_table([0.8, 0.8], [0.7, 0.7])
+    slow = pd.DataFrame(rows(3, warm, 1, "pretraining", [2, 4, 6], [0.3, 0.5, 0.9], size=500))
+    later = (table["trial"] == 3) & (table["stage"] == "tuning")
+    table.loc[later, "examples_seen"] += 1000
+    table.loc[later, "step"] += 10
+    table = pd.concat([table[~((table["trial"] == 3) & (table["stage"] == "pretraining"))], slow])
+    drawn = lines_of(report.accuracy_curves(table, two_arms(), "digits").axes[0])
+    (pretraining,) = (d for d in drawn if len(d) == 2 and np.allclose(d[:, 1], [30, 50]))
+    np.testing.assert_allclose(pretraining[:, 0], [-1.5, -0.5])  # means of -1, -2 and 0, -1
+    assert any(np.allclose(d[:, 0], [1, 2, 3]) for d in drawn if len(d) == 3)
+
+
+def test_gap_curve_shows_the_summary(sweep):
+    table, summary, setting = part(sweep, ("adam", "rmsprop"))
+    (axes,) = report.gap_curve(table, summary, setting, title="Gap").axes
+    drawn = lines_of(axes)
+    colours = {}
+    for column in ("gap", "gap_equal_updates"):
+        for optimizer in ("adam", "rmsprop"):
+            chosen = [r for r in summary if r["optimizer"] == optimizer and r["gap"] is not None]
+            gaps = [100 * row[column] for row in chosen]
+            found = [
+                line
+                for line, xy in zip(axes.get_lines(), drawn, strict=True)
+                if len(xy) == 3 and np.allclose(xy[:, 1], gaps)
+            ]
+            assert found, (column, optimizer)
+            colours[column, optimizer] = found[0].get_color()
+            ends = [[100 * bound for bound in row[f"{column}_ci95"]] for row in chosen]
+            bars = [c.get_segments() for c in axes.collections if hasattr(c, "get_segments")]
+            assert any(np.allclose([b[:, 1] for b in bar], ends) for bar in bars if len(bar) == 3)
+    assert colours["gap", "adam"] == colours["gap_equal_updates", "adam"]
+    assert colours["gap", "adam"] != colours["gap", "rmsprop"]
+    seeds = [c.get_offsets()[:, 1] for c in axes.collections if c.get_offsets().shape[0] == 5]
+    metrics = results.trial_metrics(table, setting)
+    paired = results.pairs(table, setting, metrics, "optimizer=adam, warm_start_epochs=40")
+    gaps = 100 * (paired["arm"] - paired["fresh"])
+    assert any(np.allclose(points, gaps) for points in seeds)
+    assert axes.get_ylabel() == "generalisation gap, percentage points"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "10", "40"]
+    assert "log scale" in axes.get_xlabel()
+    assert "5 paired seeds" in axes.get_title(loc="left")
+
+
+def test_gap_curve_of_many_lines_has_a_panel_for_equal_updates(sweep):
+    table, summary, setting = sweep
+    canvas = report.gap_curve(table, summary, setting)
+    left, right = canvas.axes
+    adam = [row for row in summary if row["optimizer"] == "adam"][1:]
+    gaps = [100 * row["gap_equal_updates"] for row in adam]
+    assert any(len(d) == 3 and np.allclose(d[:, 1], gaps) for d in lines_of(right))
+    assert not any(len(d) == 3 and np.allclose(d[:, 1], gaps) for d in lines_of(left))
+    # sgd does not fit after 40 epochs: a cross at its gap, and only there
+    crosses = [line.get_ydata() for line in left.get_lines() if line.get_marker() == "x"]
+    expected = next(row["gap"] for row in summary if row["verdict"] == "not fitted")
+    np.testing.assert_allclose(np.concatenate(crosses), [100 * expected])
+    labels = [text.get_text() for text in canvas.legends[0].get_texts()]
+    assert labels == ["adam", "rmsprop", "sgd", "no verdict"]
+
+
+def test_gap_curve_against_names_joins_nothing():
+    names = ("1", "1-2", "head")
+    arms = ({"arm": "fresh", "reset": None}, *({"arm": n, "reset": n} for n in names))
+    setting = Setting(("reset",), arms, dict.fromkeys(("fresh", *names), "fresh"), 1, False)
+    made = []
+    for index, arm in enumerate(arms):
+        for seed in range(3):
+            made += rows(3 * index + seed, arm, seed, "tuning", [1], [0.8 - 0.01 * index])
+    table = pd.DataFrame(made)
+    canvas = report.gap_curve(table, results.summary(table, setting), setting, x="reset")
+    (axes,) = canvas.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == list(names)
+    joined = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
+    assert joined and all(line.get_linestyle() == "None" for line in joined)
+    with pytest.raises(ValueError, match="'width' is not a swept field; swept are reset"):
+        report.gap_curve(table, [], setting, x="width")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "logarithmic"),
+    [
+        ([1, 10, 100], {1: 0, 10: 1, 100: 2}, True),
+        ([100, 0, 1], {0: -0.5, 1: 0, 100: 2}, True),
+        ([0.5, 0.1, 0.9], {0.1: 0.1, 0.5: 0.5, 0.9: 0.9}, False),
+        ([0, 1, 2], {0: 0, 1: 1, 2: 2}, False),
+        (["b", "a"], {"b": 0, "a": 1}, False),
+        ([False, True], {False: 0, True: 1}, False),
+        ([], {}, False),
+    ],
+)
+def test_places_on_the_axis(values, expected, logarithmic):
+    place, is_log = figures._places(values)
+    assert place == pytest.approx(expected) and is_log is logarithmic
+
+
+# Words
+
+
+def test_terminal_table_shows_every_arm_in_points_and_100_columns(sweep):
+    _, summary, setting = sweep
+    text = report.terminal_table(summary, setting)
+    assert text.isascii() and max(map(len, text.splitlines())) <= 100
+    body = [line for line in text.splitlines() if line.startswith(("adam", "rmsprop", "sgd"))]
+    assert len(body) == len(summary)
+    row = summary[-1]
+    low, high = (100 * bound for bound in row["gap_ci95"])
+    assert f"{100 * row['gap']:+.2f} [{low:+.2f}, {high:+.2f}]" in body[-1]
+    assert f"{100 * row['gap_equal_updates']:+.2f} [" in body[-1]
+    assert re.match(r"sgd +40 +5 +[\d.]+ +96\.0 ", body[-1]) and body[-1].endswith("not fitted")
+    assert body[0].endswith("fresh") and "diverged" not in text
+    summary = [row | {"diverged": 1} for row in summary]
+    assert "diverged" in report.terminal_table(summary, setting)
+
+
+@pytest.mark.parametrize(
+    ("warm", "changes", "expected"),
+    [
+        (
+            (0.79, 0.789, 0.788),
+            {},
+            "After a warm start of 4 epochs, the network generalises worse than a fresh one: test "
+            "accuracy is 1.10 percentage points lower (95 % interval 0.85 to 1.35, 3 paired "
+            "seeds).",
+        ),
+        (
+            (0.81, 0.811, 0.812),
+            {},
+            "After a warm start of 4 epochs, the network generalises better than a fresh one: test "
+            "accuracy is 1.10 percentage points higher (95 % interval 0.85 to 1.35, 3 paired "
+            "seeds).",
+        ),
+        (
+            (0.79, 0.80, 0.81),
+            {"gap": 0.0},
+            "no difference from a fresh network can be told: the gap is +0.00 percentage points "
+            "(95 % interval \u22122.48 to +2.48, 3 paired seeds).",
+        ),
+        (
+            (0.79, 0.789, 0.788),
+            {"verdict": "not fitted"},
+            "do not fit their training data, so this does not count: the gap is \u22121.10",
+        ),
+        ((0.79, 0.789, 0.788), {"verdict": None}, "too many trials diverged to judge"),
+        ((0.79,), {}, "the gap is \u22121.00 percentage points from 1 pair, too few to judge."),
+        ((0.79, 0.77), {}, "the gap is \u22122.00 percentage points from 2 pairs, too few"),
+        ((), {}, "After a warm start of 4 epochs, no pair of trials has finished yet."),
+        (
+            (0.79, 0.789, 0.788),
+            {"gap_equal_updates": -0.01, "gap_equal_updates_ci95": [-0.02, 0.005]},
+            "after as many updates: \u22121.00 [\u22122.00, +0.50] points.",
+        ),
+    ],
+)
+def test_headline_says_the_result_in_words(warm, changes, expected):
+    summary = results.summary(pair_table([0.8] * 3, [*warm]), two_arms())
+    summary[1] |= changes
+    (sentence,) = report.headlines(summary, two_arms())
+    assert expected in sentence
+
+
+def test_headlines_take_the_longest_warm_start_and_count_when_there_are_many(sweep):
+    _, summary, setting = sweep
+    sentences = report.headlines(summary, setting)
+    assert [s.split(", ")[0] for s in sentences] == [
+        f"After a warm start of 40 epochs (optimizer={o})" for o in ("adam", "rmsprop", "sgd")
+    ]
+    verdicts = ("worse", "worse", "better", "undecided", None)
+    arms = tuple({"arm": f"gamma={g}", "gamma": g} for g in range(6))
+    summary = [
+        arm | {"verdict": verdict, "gap": gap}
+        for arm, verdict, gap in zip(
+            arms, (None, *verdicts), (None, -0.02, -0.01, 0.01, 0.0, None), strict=True
+        )
+    ]
+    setting = Setting(("gamma",), arms, {arm["arm"]: "gamma=0" for arm in arms}, 1, False)
+    assert report.headlines(summary, setting) == [
+        "Of 5 arms 2 generalise worse than their fresh arm, 1 generalise better, 1 cannot be told "
+        "from it, 1 have no verdict yet. Gaps from \u22122.00 to +1.00 points."
+    ]
+
+
+# The page
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects text and attributes, and checks that tags are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.images: list[dict] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        self.references += [
+            v for k, v in attrs if k in ("href", "src") and not v.startswith("data:")
+        ]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read_page(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_page_stands_alone_and_holds_everything(sweep, tmp_path):
+    table, summary, setting = sweep
+    made = report.save_figure(
+        report.gap_curve(table, summary, setting), tmp_path, "gap", 'The "gap" & its <interval>'
+    )
+    page = make_page(tmp_path, summary, setting, figures=[made], notes=["A note."])
+    reader = read_page(page)
+    text = " ".join("".join(reader.text).split())
+    assert reader.references == [] and "@import" not in page and "url(" not in page
+    (image,) = reader.images
+    prefix = "data:image/png;base64,"
+    assert image["src"].startswith(prefix) and image["alt"] == 'The "gap" & its <interval>'
+    assert base64.b64decode(image["src"][len(prefix) :]) == made.path.read_bytes()
+    for sentence in report.headlines(summary, setting):
+        assert sentence in text
+    for piece in (
+        *("Warm-start length", "A note.", "2 x cpu", "python -m experiments.length"),
+        *("width64", 'optimizer["adam", "sgd"]', "inner.rate0.001", "jax0.10.2"),
+        *("not fitted", "at equal updates", "last 10 epochs"),
+    ):
+        assert piece in text
+    assert page.count("<tr") == 1 + len(summary)
+    for row in summary[1:4]:
+        low, high = (f"{100 * b:+.2f}".replace("-", "\u2212") for b in row["gap_ci95"])
+        assert f"[{low}, {high}]" in page
+    assert "bootstrap" not in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
+
+
+def test_page_escapes_what_it_is_given(tmp_path):
+    setting = two_arms()
+    summary = results.summary(pair_table([0.8], [0.7]), setting)
+    bad = "<script>alert('x')</script>&amp;"
+    page = make_page(
+        tmp_path,
+        summary,
+        setting,
+        **{key: bad for key in ("title", "device", "command")},
+        notes=[bad],
+        config={bad: bad},
+        versions={bad: bad},
+    )
+    assert "<script" not in page
+    assert "".join(read_page(page).text).count(bad) == 9  # the title stands twice
+    assert "Notes" not in make_page(tmp_path, summary, setting)
+
+
+def test_page_shows_the_bootstrap_where_there_is_one(tmp_path):
+    warm = 0.79 + 0.001 * np.arange(20)
+    summary = results.summary(pair_table([0.8] * 20, [*warm]), two_arms())
+    low, high = summary[1]["gap_bootstrap_ci95"]
+    page = make_page(tmp_path, summary, two_arms())
+    cell = f"[{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "\u2212")
+    assert f">{cell}</td>" in page and "bootstrap beside them" in page
+    assert "at equal updates" not in page.lower()
