@@ -83,8 +83,7 @@ def mended_convolution(
         and set(rhs_dilation or (1,)) == {1}
         and feature_group_count == batch_group_count == 1
         and preferred_element_type is None
-        and lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, dimension_numbers)
-        == numbers
+        and lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, dimension_numbers) == numbers
     )
     if not ordinary:
         raise ValueError(
@@ -93,9 +92,7 @@ def mended_convolution(
         )
     strides = tuple(window_strides)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(
-            images_BHWC.shape[1:3], kernel_HWIO.shape[:2], strides, padding
-        )
+        padding = lax.padtype_to_pads(images_BHWC.shape[1:3], kernel_HWIO.shape[:2], strides, padding)
     images_BHWC, kernel_HWIO = _vary_alike(images_BHWC, kernel_HWIO)
     kernel_HWIO, pads = _without_unused_taps(images_BHWC, kernel_HWIO, strides, padding)
     return _mended(images_BHWC, kernel_HWIO, strides, pads, precision)
@@ -142,10 +139,7 @@ def _backward(
     image_gradient_BHWC = _canonical(
         gradient_BHWO,
         turned_HWOI,
-        tuple(
-            (tap - 1 - low, size - 1 + low - (output - 1) * stride)
-            for size, tap, output, stride, (low, _) in axes
-        ),
+        tuple((tap - 1 - low, size - 1 + low - (output - 1) * stride) for size, tap, output, stride, (low, _) in axes),
         image_dilation=strides,
         precision=precision,
     )
@@ -157,10 +151,7 @@ def _backward(
     kernel_gradient_IHWO = _canonical(
         images_CHWB,
         gradient_HWBO,
-        tuple(
-            (low, tap + (output - 1) * stride - size - low)
-            for size, tap, output, stride, (low, _) in axes
-        ),
+        tuple((low, tap + (output - 1) * stride - size - low) for size, tap, output, stride, (low, _) in axes),
         kernel_dilation=strides,
         precision=precision,
     )

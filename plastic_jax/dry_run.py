@@ -38,6 +38,8 @@ def describe(
     """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation."""
     memory, source = device_memory(device_memory_gib)
     devices, backend = jax.local_device_count(), jax.default_backend()
+    if device_memory_gib and backend == "cpu":
+        devices, backend = 1, "accelerator"  # not there: planned by the closed forms alone
     described = [_program(study, p, specs[p.point.dataset], memory, devices, backend) for p in programs]
     total = {
         key: sum(p[key] for p in described)
@@ -143,6 +145,7 @@ def table_of(described: Mapping[str, Any]) -> str:
         f"\n{d['arms']} arms x {d['seeds']} seeds: {d['trials']} trials in {len(programs)} compiled "
         f"program{'s' * (len(programs) != 1)}, {_number(d['steps'])} trial-steps, {_number(d['flops'])}FLOP.\n"
         f"Sharing pretraining saves {100 * d['sharing_saves']:.1f} % of the {_number(d['steps_unshared'])} steps of separate trials.\n"
-        f"Memory is an estimate; the device has {d['device_memory_bytes'] / GIB:.1f} GiB ({d['device_memory']})."
+        f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
+        f"({d['device_memory']})."
     )
     return "\n".join(text)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from plastic_jax.config import FIELDS, Sweep, check_name
 from plastic_jax.errors import InputError
@@ -96,9 +96,13 @@ def main(experiment: Experiment) -> None:
         _refuse(error)
 
     def run(_: Sequence[str]) -> None:
+        f = flags.FLAGS
+        try:
+            sweep = Sweep.of(f.config.to_dict())
+        except InputError as error:  # said before the slow imports
+            _refuse(error)
         from plastic_jax.runner import Interrupted, Options, _run
 
-        f = flags.FLAGS
         module = sys.modules["__main__"].__spec__
         name = f"-m {module.name}" if module else sys.argv[0]
         command = f"python {name} {shlex.join(sys.argv[1:])}".strip()
@@ -106,8 +110,9 @@ def main(experiment: Experiment) -> None:
             f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, command
         )
         try:
+            logging.set_verbosity(logging.ERROR)
             prepare_jax()
-            _run(experiment, Sweep.of(f.config.to_dict()), options, lambda text: print(text, flush=True))
+            _run(experiment, sweep, options, lambda text: print(text, flush=True))
         except InputError as error:
             _refuse(error)
         except Interrupted as signal_name:

@@ -79,6 +79,7 @@ def save_figure(
 
 
 def value_text(value: Any) -> str:
+    """A swept value as text; '-' where the field has no effect."""
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -123,6 +124,7 @@ def accuracy_curves(
     means only where all of them have been evaluated.
     """
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
     by_name = {one["arm"]: one for one in setting.arms}
@@ -135,8 +137,7 @@ def accuracy_curves(
         others = combination(shown, [field for field in setting.swept if field != WARM_START])
         heading += f", {others}" * bool(others)
     with _style():
-        canvas = Canvas(figsize=(9.5, 4.8), layout="constrained")
-        canvas.get_layout_engine().set(wspace=0.06)
+        canvas = Canvas(figsize=(9.5, 4.8), layout=ConstrainedLayoutEngine(wspace=0.06))
         curves, dots = canvas.subplots(1, 2, width_ratios=(2.5, 1))
         handles: list[Line2D] = []
         seeds: list[int] = []
@@ -157,7 +158,10 @@ def accuracy_curves(
         ]
         curves.set_title(_heading(heading, seeds, "seed", 62), pad=18)
         curves.axvline(0, color=_GREY, lw=1)
-        note = {"xycoords": curves.get_xaxis_transform(), "textcoords": "offset points"}
+        note: dict[str, Any] = {
+            "xycoords": curves.get_xaxis_transform(),
+            "textcoords": "offset points",
+        }
         curves.annotate("tuning begins", (0, 1), (-2, 4), color=_GREY, fontsize=9, **note)
         curves.set_xlabel("passes over the training data since tuning began")
         curves.set_ylabel("accuracy, %")
@@ -173,7 +177,8 @@ def _heading(title: str, numbers: Sequence[int], what: str, columns: int) -> str
     shown = "mean and 95 % interval" if many >= results.LEAST_PAIRS_T else "mean"
     seeds = f"{few}" if few == many else f"{few}-{many}"
     what += "s" * (many != 1)
-    return "\n".join([*textwrap.wrap(title, columns), f"{seeds} {what}; {shown}"])
+    wrapped = [part for line in title.splitlines() for part in textwrap.wrap(line, columns)]
+    return "\n".join([*wrapped, f"{seeds} {what}; {shown}"])
 
 
 def _aligned(table: pd.DataFrame, trials: pd.Series) -> pd.DataFrame:
@@ -196,7 +201,7 @@ def _draw_arm(axes: "Axes", rows: pd.DataFrame, colour: str) -> None:
     for stage, of_stage in rows[(present == trials) & ~rows["diverged"]].groupby("stage"):
         points = of_stage.groupby("epoch")
         x = points["x"].mean()
-        look = {"color": colour, "alpha": 0.45 if stage == CONTINUED else 1.0}
+        look: dict[str, Any] = {"color": colour, "alpha": 0.45 if stage == CONTINUED else 1.0}
         look |= {"marker": "o", "ms": 3} if len(x) < 4 else {}
         axes.plot(x, 100 * points["train_accuracy"].mean(), lw=1, ls="--", zorder=2, **look)
         axes.plot(x, 100 * points["test_accuracy"].mean(), zorder=3, **look)
@@ -221,7 +226,7 @@ def _draw_pairs(axes: "Axes", paired: pd.DataFrame, setting: Setting) -> None:
         mean = sample.mean()
         low, high = results.t_interval(sample) or (mean, mean)
         colour = COLOURS[column == "arm"]
-        look = {"color": colour, "mfc": "white" if column == "control" else colour}
+        look: dict[str, Any] = {"color": colour, "mfc": "white" if column == "control" else colour}
         bars = [[mean - low], [high - mean]]
         axes.errorbar(place, mean, bars, fmt="o", ms=7, capsize=4, zorder=4, **look)
     axes.set_xticks(range(len(names)), list(names.values()))
@@ -281,7 +286,7 @@ def gap_curve(
         for index, (key, rows) in enumerate(lines.items()):
             rows = sorted(rows, key=lambda row: place[row[x]])
             marker = MARKERS[(index + index // len(MARKERS)) % len(MARKERS)]
-            look = {"color": colours[key[:depth]], "marker": marker}
+            look: dict[str, Any] = {"color": colours[key[:depth]], "marker": marker}
             # lines stand beside one another, so that their bars do not hide one another
             at = np.array([place[row[x]] for row in rows]) + (index - (len(lines) - 1) / 2) * slot
             _draw_gaps(axes[0], at, rows, "gap", 1.0, joined, **look)
@@ -299,10 +304,16 @@ def gap_curve(
             label = value_text(key[0]) if others == [line] else label or "gap"
             handles.append(Line2D([], [], label=label, ls=joined, **look))
         if controlled and panels == 1:
-            look = {"color": _GREY, "alpha": 0.6, "marker": "o", "mfc": "white", "ls": 2 * joined}
+            look: dict[str, Any] = {
+                "color": _GREY,
+                "alpha": 0.6,
+                "marker": "o",
+                "mfc": "white",
+                "ls": 2 * joined,
+            }
             handles.append(Line2D([], [], label="at equal updates", **look))
         if any(row["verdict"] in (None, "not fitted") for row in compared):
-            look = {"color": _GREY, "ls": "", "marker": "x", "mew": 2}
+            look: dict[str, Any] = {"color": _GREY, "ls": "", "marker": "x", "mew": 2}
             handles.append(Line2D([], [], label="no verdict", **look))
         label = xlabel or ("pretraining epochs" if x == WARM_START else x.replace("_", " "))
         for one in axes:
@@ -375,7 +386,7 @@ def _draw_gaps(
     bars = np.abs(100 * ends.T - means)
     counts = np.array([row["verdict"] not in (None, "not fitted") for row in rows], dtype=bool)
     equal = column == "gap_equal_updates"
-    look = {"color": color, "alpha": alpha, "zorder": 3 if equal else 4}
+    look: dict[str, Any] = {"color": color, "alpha": alpha, "zorder": 3 if equal else 4}
     axes.errorbar(at, means, bars, ls=style, capsize=3, elinewidth=1.2, **look)
     face = "white" if equal else color
     axes.plot(at[counts], means[counts], ls="", marker=marker, ms=6, mfc=face, **look)

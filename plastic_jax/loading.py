@@ -79,7 +79,8 @@ class Run:
 
         folder, k = self.kept[trial, stage]
         stacks = ocp.load(Path(folder) / "models")
-        point = Config(**next(t["config"] for t in self.config["trials"] if t["trial"] == trial))
+        own = next(t["config"] for t in self.config["trials"] if t["trial"] == trial)
+        point = Config(**{name: value for name, value in own.items() if value is not None})
         spec = data.spec(point.dataset)
         built = core.Core(point, spec.shape, spec.classes, "plain")
         shapes = jax.eval_shape(built.init, jnp.uint32(0))

@@ -280,7 +280,11 @@ def page(
     import jinja2
 
     columns = _columns(summary, setting, full=True)
-    names = [*columns]
+    # the result first: a phone shows the left of a wide table
+    names = sorted(
+        columns, key=lambda n: not (n in setting.swept or n.endswith("]") or n == "verdict")
+    )
+    rows = zip(*(columns[name] for name in names), strict=True)
     text = {n for n in names if any(isinstance(row.get(n), str) for row in summary)} | {"verdict"}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -301,9 +305,7 @@ def page(
         ],
         columns=names,
         left=text,
-        rows=[
-            dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
-        ],
+        rows=[dict(zip(names, cells, strict=True)) for cells in rows],
         command=command,
         device=device,
         config=_flat(config),

@@ -63,6 +63,7 @@ class Setting:
     equal_updates: bool
 
     def is_fresh(self, arm: str) -> bool:
+        """Whether the arm is one that others are compared with."""
         return self.fresh[arm] == arm
 
 
@@ -173,15 +174,16 @@ def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     """One row per trial, sorted by trial.
 
     `trial`, `arm`, `seed`; `test_accuracy` and `train_accuracy`, means over the rows of the tuning
-    stage with epoch > its last epoch - metric_epochs (the paper's metric: the last 100 epochs);
+    stage whose whole epochs are above the last one's minus metric_epochs (the paper: the last 100);
     `fit_accuracy`, from the tuning stage's end; `steps`, updates over all stages up to there;
     `finished`: the tuning stage has ended (its last row has a fit_accuracy) or the trial diverged;
     `diverged`: in any stage but the equal-updates control. Accuracies are fractions, NaN unless
     the trial is finished and has not diverged.
     """
     tuning = table[table["stage"] == TUNING].sort_values(["trial", "step"])
-    last = tuning.groupby("trial")["epoch"].transform("max")
-    window = tuning[tuning["epoch"] > last - setting.metric_epochs + _EPSILON]
+    whole = _whole_epochs(tuning)
+    last = whole.groupby(tuning["trial"]).transform("max")
+    window = tuning[whole > last - setting.metric_epochs]
     means = window.groupby("trial")[["test_accuracy", "train_accuracy"]].mean()
     ends = tuning.groupby("trial").tail(1).set_index("trial")
     own = table[table["stage"] != CONTINUED]
@@ -223,6 +225,11 @@ def pairs(table: pd.DataFrame, setting: Setting, metrics: pd.DataFrame, arm: str
     return pd.DataFrame(columns, index=seeds)
 
 
+def _whole_epochs(rows: pd.DataFrame) -> pd.Series:
+    """The epoch that an evaluation ends: its batch may reach into the next one."""
+    return np.floor(rows["epoch"] + _EPSILON)
+
+
 def _control(rows: pd.DataFrame, updates: int, metric_epochs: int) -> float:
     """Mean test accuracy of a fresh trial over the last epochs up to `updates` steps.
 
@@ -236,7 +243,8 @@ def _control(rows: pd.DataFrame, updates: int, metric_epochs: int) -> float:
     interval = np.diff(steps).max() if len(steps) > 1 else steps[0]
     if updates - steps[-1] >= interval:
         return math.nan
-    window = reached["epoch"] > reached["epoch"].max() - metric_epochs + _EPSILON
+    whole = _whole_epochs(reached)
+    window = whole > whole.max() - metric_epochs
     return float(reached["test_accuracy"][window].mean())
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from plastic_jax import data, experiment, figures, plan, report, results, rows, tracking, train, trial, workdir
 from plastic_jax.checkpoint import Checkpoints
-from plastic_jax.config import Sweep
+from plastic_jax.config import Sweep, canonical
 from plastic_jax.dry_run import describe, table_of
 from plastic_jax.errors import InputError
 from plastic_jax.loading import Run, load
@@ -157,7 +157,7 @@ def _config_file(of: experiment.Experiment, study: trial.Study, options: Options
         "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform})",
         "date": datetime.date.today().isoformat(),
         "trials": [
-            {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": dataclasses.asdict(t.point)}
+            {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)}
             for t in study.trials
         ],
     }

@@ -19,6 +19,7 @@ where every seed has the row.
 
 import argparse
 import configparser
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -107,7 +108,7 @@ def plan_runs(experiment: str, trials: Sequence[Trial]) -> tuple[Run, ...]:
     for group in members.values():
         first = group[0]
         seeds = [trial.seed for trial in group]
-        named = {"arm": first.arm} | ({"seeds": seeds} if merged else {"seed": first.seed})
+        named = {"arm": first.arm, "seed": seeds if merged else first.seed}
         config = json.loads(json.dumps(first.config, default=str)) | named
         key = run_id(experiment, first.config, seeds if merged else first.seed)
         if key in runs:  # equal trials under two names
@@ -151,7 +152,7 @@ class _Histories:
             for run in runs
             for trial in run.trials
         }
-        self._last: dict[str, int] = {}
+        self.last: dict[str, int] = {}  # step by run id
         self._incomplete: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     def take(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Rows]:
@@ -197,8 +198,8 @@ class _Histories:
 
     def _step(self, name: str, step: int) -> int:
         """W&B drops a row whose step is not above the last one: two stages meet at one step."""
-        self._last[name] = max(step, self._last.get(name, -1) + 1)
-        return self._last[name]
+        self.last[name] = max(step, self.last.get(name, -1) + 1)
+        return self.last[name]
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,7 @@ class _Record:
         results.replace_file(self._path, json.dumps(content, indent=1).encode())
 
 
-def _write(
-    folder: Path, project: str, contents: Iterable[_Content], say: Callable[[str], None]
-) -> bool:
+def _write(folder: Path, project: str, contents: Iterable[_Content], say: Callable[[str], None]) -> bool:
     """Write runs into WORKDIR/wandb, each id once; True if all are there. Says how it went."""
     record = _Record(folder)
     record.project = project
@@ -310,7 +309,8 @@ def _write(
     except Exception as error:
         trouble = _reason(error)
     try:
-        record.save()
+        if written:
+            record.save()
     except OSError as error:
         trouble = trouble or _reason(error)
     where = shlex.quote(os.fspath(folder))
@@ -324,10 +324,7 @@ def _write(
         return False
     if written or kept:
         already = f" ({kept} of them from before)" if kept else ""
-        say(
-            f"W&B: {written + kept} runs are in {where}{already}; "
-            f"upload them with `wandb sync {where}`."
-        )
+        say(f"W&B: {written + kept} runs are in {where}{already}; upload them with `wandb sync {where}`.")
     return True
 
 
@@ -373,16 +370,12 @@ def write_offline(
     try:
         config = json.loads((workdir / "config.json").read_text())
         experiment = config["experiment"]
-        trials = [
-            Trial(entry["trial"], entry["arm"], entry["seed"], entry["config"])
-            for entry in config["trials"]
-        ]
+        trials = [Trial(entry["trial"], entry["arm"], entry["seed"], entry["config"]) for entry in config["trials"]]
     except FileNotFoundError:
         raise InputError(f"{os.fspath(workdir)!r} is no workdir: no config.json in it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{os.fspath(workdir)!r} is no workdir: its config.json cannot be used "
-            f"({type(error).__name__}: {error})"
+            f"{os.fspath(workdir)!r} is no workdir: its config.json cannot be used ({type(error).__name__}: {error})"
         ) from error
     table = results.read(workdir / "results.parquet")
     try:
@@ -395,7 +388,7 @@ def write_offline(
     return _write(folder, project, contents, say)
 
 
-def _choose_mode(mode: str) -> tuple[str, str]:
+def _choose_mode(mode: str, folder: Path) -> tuple[str, str]:
     """The mode to run in, and the sentence to say about it, if any."""
     if mode not in MODES:
         raise InputError(f"--wandb={mode} is not known; allowed are {', '.join(MODES)}")
@@ -404,15 +397,18 @@ def _choose_mode(mode: str) -> tuple[str, str]:
         return "disabled", ""
     if importlib.util.find_spec("wandb") is None:
         return "disabled", (
-            "W&B: the package wandb is not installed, so no runs are written; later, "
-            "`python -m plastic_jax.tracking WORKDIR` writes them from the results table."
+            "W&B: the package wandb is not installed, so no runs are written; once it is, "
+            f"`python -m plastic_jax.tracking {shlex.quote(os.fspath(folder.parent))}` writes them "
+            "from the results table."
         )
     if asked in ("offline", "dryrun"):
         return "offline", ""
     if not _has_key():
         return "offline", (
             "W&B: no API key is configured (WANDB_API_KEY or `wandb login`), so the runs are "
-            "written when training has ended, for `wandb sync`; --wandb=disabled turns this off."
+            "written when training has ended; then "
+            f"`wandb sync {shlex.quote(os.fspath(folder))}` uploads them. --wandb=disabled turns "
+            "this off."
         )
     return "online", ""
 
@@ -423,10 +419,8 @@ def _has_key() -> bool:
         return True
     settings = configparser.ConfigParser(interpolation=None)
     folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    try:
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # W&B says so itself
         settings.read(Path(folder).expanduser() / "settings")
-    except (configparser.Error, UnicodeDecodeError):
-        pass  # W&B says so itself
     if settings.get("default", "api_key", fallback=""):
         return True
     url = settings.get("default", "base_url", fallback="https://api.wandb.ai")
@@ -444,14 +438,15 @@ def _has_key() -> bool:
 class _Process:
     """The process that talks to W&B, and the thread that hears it."""
 
-    def __init__(self, start: dict[str, Any], log: Path, heard: Callable[[dict[str, Any]], None]):
+    def __init__(self, log: Path, heard: Callable[[dict[str, Any]], None]):
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
         environment.setdefault("WANDB_ERROR_REPORTING", "false")
         environment["PYTHONWARNINGS"] = "ignore"
         script = Path(__file__).with_name("wandb_process.py")
         with open(log, "ab") as trace:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", os.fspath(script)],  # -P: plastic_jax/ is not a path to import
+                # -P: the script's own folder is not one to import from
+                [sys.executable, "-P", os.fspath(script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=trace,
@@ -461,7 +456,6 @@ class _Process:
         self._heard = heard
         self._listener = threading.Thread(target=self._listen, name="wandb-events", daemon=True)
         self._listener.start()
-        self.send(start)
 
     def _listen(self) -> None:
         assert self._popen.stdout is not None
@@ -477,15 +471,21 @@ class _Process:
     def close(self) -> int:
         """No more messages: wait until the process has done all of them; its exit code."""
         assert self._popen.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended already, and its code says how
             self._popen.stdin.close()
-        except OSError:
-            pass  # it has ended already, and its code says how
         self._listener.join()
         return self._popen.wait()
 
     def kill(self) -> None:
         self._popen.kill()
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """The last message to the tracker's thread."""
+
+    contents: list[_Content]
+    record: _Record
 
 
 class Tracker:
@@ -517,12 +517,11 @@ class Tracker:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._failed = False
-        self._logged: set[int] = set()  # trials
         self._finished: set[str] = set()  # run ids
         self._url = ""
         self._process: _Process | None = None
         self._thread: threading.Thread | None = None
-        self.mode, sentence = _choose_mode(mode)
+        self.mode, sentence = _choose_mode(mode, self._folder)
         if self.mode != "disabled":
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -548,7 +547,6 @@ class Tracker:
         has may come again.
         """
         if self._thread is not None and not self._failed:
-            self._logged.update(row.get("trial", -1) for row in rows)
             self._queue.put(list(rows))
 
     def finish(self, table: pd.DataFrame, summary: list[dict[str, Any]]) -> None:
@@ -577,25 +575,17 @@ class Tracker:
         assert self._thread is not None
         deadline = time.monotonic() + self._finish_seconds
         record = _Record(self._folder)
-        sent = []
-        for content in _contents(self._project, self._runs, table, summary):
-            trials = {trial.trial for trial in content.run.trials}
-            if not trials & self._logged:
-                if record.has_online(content):  # by an earlier process of this workdir
-                    self._finished.add(content.run.id)
-                    continue
-                self._queue.put({"rows": {content.run.id: content.rows}})
-            sent.append(content)
-        self._queue.put({"finish": {content.run.id: content.summary for content in sent}})
-        self._queue.put(None)
+        contents = list(_contents(self._project, self._runs, table, summary))
+        self._queue.put(_Ending(contents, record))
         self._thread.join(max(deadline - time.monotonic(), 0))
         if self._thread.is_alive():
             self._fail(f"not everything was uploaded after {self._finish_seconds:g} s")
             self._thread.join(5)
-        for content in sent:
+        for content in contents:
             if content.run.id in self._finished:
                 record.add(content, online=True)
-        record.save()
+        with contextlib.suppress(OSError):  # without it they would be sent once more, no worse
+            record.save()
 
     def _serve(self) -> None:
         """The tracker's own thread: starts the process and feeds it."""
@@ -618,12 +608,13 @@ class Tracker:
         histories = _Histories(self._runs)
         process = None
         try:
-            process = _Process(start, self._folder / "wandb_process.log", self._hear)
-            self._process = process
+            process = self._process = _Process(self._folder / "wandb_process.log", self._hear)
+            process.send(start)
             while not self._failed and (message := self._queue.get()) is not None:
-                if isinstance(message, list):
-                    message = {"rows": histories.take(message)}
-                process.send(message)
+                if isinstance(message, _Ending):
+                    self._end(process, message, histories.last)
+                    break
+                process.send({"rows": histories.take(message)})
         except BrokenPipeError:
             pass  # the process has ended, and says why or has a code
         except Exception as error:
@@ -632,6 +623,23 @@ class Tracker:
             code = process.close()
             if code:
                 self._fail(f"its process ended with code {code}")
+
+    def _end(self, process: _Process, ending: _Ending, last: dict[str, int]) -> None:
+        """Send what training has not handed over, and the summaries."""
+        rows: dict[str, Rows] = {}
+        summaries: dict[str, dict[str, Any]] = {}
+        for content in ending.contents:
+            name = content.run.id
+            if name not in last:
+                if ending.record.has_online(content):  # from an earlier process of this workdir
+                    self._finished.add(name)
+                    continue
+                rows[name] = content.rows
+            elif not content.run.merged:
+                rows[name] = [(step, row) for step, row in content.rows if step > last[name]]
+            summaries[name] = content.summary
+        process.send({"rows": rows})
+        process.send({"finish": summaries})
 
     def _hear(self, event: dict[str, Any]) -> None:
         if "failed" in event:

@@ -5,17 +5,21 @@ next evaluation; its metrics are fetched while the next chunk runs. When a node 
 slot and the others wait with a copy of its state. Which node runs where and beside whom changes no result (contract 1).
 """
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from plastic_jax import core, plan, sampler, trial_axis
+from plastic_jax.config import STATIC, Config
 from plastic_jax.data import Dataset
 from plastic_jax.plan import Node, ProgramPlan
 from plastic_jax.results import replace_file
@@ -45,6 +49,32 @@ class Pending:
     fits: list[tuple[int, jax.Array]] = field(default_factory=list)  # (slot, accuracies of all slots)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A program's functions over a batch of trials, compiled at their first call."""
+
+    core: core.Core
+    chunk: Callable
+    start: Callable
+    place: Callable
+    fit: Callable
+
+
+@lru_cache(maxsize=16)
+def _compiled(
+    static: Config, shape: tuple[int, int, int], classes: int, axis: str, convolution: str, over: Mesh
+) -> Compiled:
+    """Made once in a process for equal static values."""
+    one = core.Core(static, shape, classes, convolution)
+    return Compiled(
+        one,
+        trial_axis.over_trials(one.chunk, axis, over, donate=(0,)),
+        trial_axis.over_trials(one.start, axis, over, donate=(0,)),
+        trial_axis.over_trials(one.place, axis, over, donate=(0,)),
+        trial_axis.over_trials(one.fit, axis, over),
+    )
+
+
 class ProgramRun:
     """One compiled program over its nodes. `step()` until it returns False; `records` is the outcome."""
 
@@ -61,13 +91,12 @@ class ProgramRun:
         self.plan, self.dataset, self.formulation = program, dataset, formulation
         self.eval_every, self.keep = eval_every, keep
         self.nodes = program.nodes
-        self.core = core.Core(program.point, dataset.spec.shape, dataset.spec.classes, formulation.convolution)
         self.mesh = trial_axis.mesh(devices[: formulation.devices(len(devices))])
-        axis = formulation.trial_axis
-        self._chunk = trial_axis.over_trials(self.core.chunk, axis, self.mesh, donate=(0,))
-        self._start = trial_axis.over_trials(self.core.start, axis, self.mesh, donate=(0,))
-        self._place = trial_axis.over_trials(self.core.place, axis, self.mesh, donate=(0,))
-        self._fit = trial_axis.over_trials(self.core.fit, axis, self.mesh)
+        static = Config(**{name: getattr(program.point, name) for name in STATIC})
+        self._compiled = _compiled(
+            static, dataset.spec.shape, dataset.spec.classes, formulation.trial_axis, formulation.convolution, self.mesh
+        )
+        self.core = self._compiled.core
         self._data = trial_axis.replicated(core.resident(dataset), self.mesh)
         self._remaining = program.remaining()
         self._samples: dict[tuple[int, float], sampler.TrainSet] = {}
@@ -140,7 +169,7 @@ class ProgramRun:
                     whole[i] = leaf
             mask = np.isin(np.arange(len(self.slots)), loads)
             loaded = {"loaded": jax.tree.unflatten(self.structure, stack), "mask": mask}
-            self._state = self._place({"state": self._state}, trial_axis.sharded(loaded, self.mesh), {})["state"]
+            self._state = self._compiled.place({"state": self._state}, trial_axis.sharded(loaded, self.mesh), {})["state"]
             self._host = None
         for i in dealt:
             node = self._node(i)
@@ -157,7 +186,7 @@ class ProgramRun:
                 flags["resume"][i] = node.control
                 self.slots[i].source = None
             rest = {"stage": self._stage, "sample": self._sample, **trial_axis.sharded(flags, self.mesh)}
-            self._state, self._host = self._start({"state": self._state}, rest, {})["state"], None
+            self._state, self._host = self._compiled.start({"state": self._state}, rest, {})["state"], None
             self._forget()
 
     def _run_chunk(self) -> Pending:
@@ -176,7 +205,7 @@ class ProgramRun:
                 else:
                     ended.append(i)
         rest = {"sample": self._sample, "stage": self._stage, "target": trial_axis.sharded(target, self.mesh)}
-        out = self._chunk({"state": self._state}, rest, self._data)
+        out = self._compiled.chunk({"state": self._state}, rest, self._data)
         self._state, self._host = out["state"], None
         pending = Pending(out["metrics"], entries)
         if ended:
@@ -283,7 +312,7 @@ class ProgramRun:
     def _fits(self, slots: list[int]) -> jax.Array:
         wanted = np.isin(np.arange(len(self.slots)), slots)
         rest = {"sample": self._sample, "stage": self._stage, "wanted": trial_axis.sharded(wanted, self.mesh)}
-        return self._fit({"state": self._state}, rest, self._data)
+        return self._compiled.fit({"state": self._state}, rest, self._data)
 
     # Host arrays
 
@@ -365,7 +394,7 @@ class ProgramRun:
             "steps_done": self.steps_done,
             "reaches": self.plan.reaches(),
         }
-        return arrays, host
+        return arrays, copy.deepcopy(host)
 
     def resume(self, arrays: Tree, host: dict[str, Any]) -> None:
         """Go on from a snapshot of the same plan."""

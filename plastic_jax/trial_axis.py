@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -62,27 +63,53 @@ def choose(
     return Formulation(axis, convolution, per_device * min(devices, leaves))
 
 
-def over_trials(function: Callable[..., Any], axis: str, mesh: Mesh, donate: tuple[int, ...] = ()) -> Callable:
-    """`function(trial, shared)` for one trial, compiled for a batch: every leaf of the arguments but the last is
-    stacked on a leading trial axis, which is sharded over the mesh's axis `trials`.
+def over_trials(function: Callable[..., Any], axis: str, over: Mesh, donate: tuple[int, ...] = ()) -> Callable:
+    """`function(trial, shared)` for one trial, compiled for a batch.
 
-    No collectives: a device never waits for another inside the call.
+    The returned function takes trees whose leaves are stacked on a leading trial axis, merged into the dict `trial`,
+    and last the tree `shared`. The trial axis is sharded over the mesh; a device never waits for another inside.
     """
+    block = BLOCK if axis == "vmap" else 1
+    one = jax.vmap(function, in_axes=(0, None)) if axis == "vmap" else function
 
-    def batched(*arguments: Any) -> Any:
-        *trials, shared = arguments
-        merged = {k: v for tree in trials for k, v in tree.items()}
-        block = BLOCK if axis == "vmap" else None
-        return jax.lax.map(lambda one: function(one, shared), merged, batch_size=block)
+    def batched(blocks: jax.Array, *arguments: Any) -> Any:
+        *stacks, shared = arguments
+        trials = {k: v for tree in stacks for k, v in tree.items()}
 
-    def call(*arguments: Any) -> Any:
-        specs = (PartitionSpec("trials"),) * (len(arguments) - 1) + (PartitionSpec(),)
-        sharded = jax.shard_map(
-            batched, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("trials"), check_vma=False
-        )
-        return sharded(*arguments)
+        def take(i: jax.Array) -> Tree:
+            part = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * block, block)  # noqa: E731
+            return jax.tree.map(part if axis == "vmap" else lambda leaf: part(leaf)[0], trials)
 
-    return jax.jit(call, donate_argnums=donate)
+        def body(i: jax.Array, out: Tree) -> Tree:
+            def put(whole: jax.Array, new: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(whole, new if axis == "vmap" else new[None], i * block, 0)
+
+            # Barriers keep the slicing, whose form depends on the number of trials, out of a trial's own arithmetic.
+            mine = jax.lax.optimization_barrier(take(i))
+            return jax.tree.map(put, out, jax.lax.optimization_barrier(one(mine, shared)))
+
+        count = jax.tree.leaves(trials)[0].shape[0]
+        shapes = jax.eval_shape(lambda: one(take(jnp.int32(0)), shared))
+        rest = (lambda s: s.shape[1:]) if axis == "vmap" else (lambda s: s.shape)
+        out = jax.tree.map(lambda s: jnp.zeros((count, *rest(s)), s.dtype), shapes)
+        # The number of blocks is traced: a loop of one known turn would be inlined, and rounded otherwise.
+        return jax.lax.fori_loop(0, blocks[0], body, out)
+
+    along, whole = PartitionSpec("trials"), PartitionSpec()
+
+    def call(blocks: jax.Array, *arguments: Any) -> Any:
+        specs = (whole, *[along] * (len(arguments) - 1), whole)
+        sharded = jax.shard_map(batched, mesh=over, in_specs=specs, out_specs=along, check_vma=False)
+        return sharded(blocks, *arguments)
+
+    compiled = jax.jit(call, donate_argnums=tuple(n + 1 for n in donate))
+
+    def run(*arguments: Any) -> Any:
+        slots = jax.tree.leaves(arguments[0])[0].shape[0]
+        return compiled(replicated(np.array([slots // over.size // block], np.int32), over), *arguments)
+
+    run.compiled = compiled  # type: ignore[attr-defined]
+    return run
 
 
 def mesh(devices: list[jax.Device]) -> Mesh:

@@ -6,6 +6,7 @@ messages, both W&B's own; its header names the oldest reader that can take it (`
 test compares it with what `wandb.init` writes, and uploads it with `wandb sync`.
 """
 
+import importlib
 import json
 import struct
 import time
@@ -37,9 +38,8 @@ def write(
     with strictly increasing steps; `summary` comes on top of the last value of every column.
     Raises ImportError without wandb, OSError where the file cannot be written.
     """
-    import wandb
-    from wandb.proto import wandb_internal_pb2 as pb
-
+    wandb: Any = importlib.import_module("wandb")  # only here: it takes a second
+    pb: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     now = time.time()
     clock = repr(now)
     last: dict[str, Any] = {}

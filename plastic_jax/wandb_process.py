@@ -7,12 +7,15 @@ starts at once and leaves the accelerator alone.
 
 In, a JSON object a line:
   {"dir", "project", "init_seconds", "leave_seconds", "runs": {id: {"name", "group", "job_type",
-  "config", "merged"}}}   first; a run is created when its first rows come
+  "config", "merged"}}}   first; a run is created when its first rows come, and after the last
+                          line there are `leave_seconds` to get what is left away
   {"rows": {id: [[step, {column: value}], ...]}}
   {"finish": {id: {column: value}}}     with what to add to the runs' summaries; then end of file
 Out, a JSON object a line: {"started": id, "url"}, {"finished": id}, {"failed": reason}.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import resource
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 AT_ONCE = 16  # runs that are created or finished side by side: each waits for the network
+AXES = ("examples_seen", "step")  # the x axis of all panels; W&B's own step, but for equal ones
 # When the server refuses a running run's rows for good, wandb only prints this and goes on.
 GIVEN_UP = "Fatal error while uploading data"
 
@@ -46,7 +50,7 @@ def _settings(wandb: Any, init_seconds: float) -> Any:
         x_disable_meta=True,
         x_disable_stats=True,
         x_save_requirements=False,
-        x_transaction_log_flush_interval=1.0,
+        x_skip_transaction_log=True,  # the results table is ours; a full disk then costs no rows
     )
 
 
@@ -68,17 +72,18 @@ class _Prints:
 class _Runs:
     """The W&B runs of one training run, each created when its first rows come."""
 
-    def __init__(self, wandb: Any, start: dict[str, Any], prints: _Prints, events: TextIO):
-        self._wandb = wandb
+    def __init__(self, start: dict[str, Any], prints: _Prints, events: TextIO):
+        self.wandb: Any = None  # the module, once it is imported
         self._prints = prints
         self._start = start
         self._events = events
         self._lock = threading.Lock()
         self._runs: dict[str, Any] = {}
         self._next: dict[str, int] = {}
+        self._defined: dict[str, set[str]] = {}
 
     def tell(self, **event: Any) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(BrokenPipeError):  # training may be gone
             self._events.write(json.dumps(event) + "\n")
             self._events.flush()
 
@@ -91,7 +96,7 @@ class _Runs:
         # A folder of an earlier process of this workdir: go on. Without one, an old run of this id
         # comes from elsewhere and is replaced.
         resumed = any(Path(folder, "wandb").glob(f"run-*-{name}"))
-        made = self._wandb.init(
+        made = self.wandb.init(
             config=run["config"],
             dir=folder,
             group=run["group"],
@@ -102,12 +107,12 @@ class _Runs:
             project=self._start["project"],
             reinit="create_new",
             resume="allow" if resumed else None,
-            settings=_settings(self._wandb, self._start["init_seconds"]),
+            settings=_settings(self.wandb, self._start["init_seconds"]),
         )
-        made.define_metric("examples_seen", hidden=True)
-        made.define_metric("step", hidden=True)
-        made.define_metric("*", step_metric="examples_seen")
-        self._runs[name], self._next[name] = made, made.step
+        for axis in AXES:
+            made.define_metric(axis, hidden=True)
+        self._runs[name], self._next[name] = made, made.starting_step
+        self._defined[name] = set(AXES)
         self.tell(started=name, url=made.project_url)
 
     def rows(self, portions: dict[str, list[tuple[int, dict[str, Any]]]]) -> None:
@@ -120,7 +125,11 @@ class _Runs:
                     if not merged:
                         continue
                     step = self._next[name]  # ... or has been ahead with other seeds
-                self._runs[name].log(values, step=step)
+                # Each by its name: a glob ends up in the run's config as a glob, not as metrics.
+                for column in values.keys() - self._defined[name]:
+                    self._runs[name].define_metric(column, step_metric=AXES[0])
+                self._defined[name] |= values.keys()
+                self._runs[name].log(values, step=step, commit=True)
                 self._next[name] = step + 1
 
     def finish(self, summaries: dict[str, dict[str, Any]]) -> None:
@@ -142,6 +151,7 @@ class _Runs:
 
 
 def main() -> None:
+    """Do what the lines say; ends the process itself, with 0 if W&B took everything."""
     # The service process inherits 0, 1 and 2: give it the log, and keep the two pipes to ourselves.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     lines = (json.loads(line) for line in os.fdopen(os.dup(0), "rb"))
@@ -149,15 +159,15 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     start = next(lines)
+    os.nice(10)  # training comes first
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each run holds about three
     prints = _Prints(sys.stderr)
     sys.stderr = prints  # type: ignore[assignment]
-    code, runs = 1, _Runs(None, start, prints, events)
+    runs = _Runs(start, prints, events)
+    code = 1
     try:
-        import wandb
-
-        runs = _Runs(wandb, start, prints, events)
+        runs.wandb = importlib.import_module("wandb")
         finished = False
         for line in lines:
             if "rows" in line:
@@ -165,16 +175,17 @@ def main() -> None:
             else:
                 runs.finish(line["finish"])
                 finished = True
+        timer = threading.Timer(start["leave_seconds"], os._exit, (1,))
+        timer.daemon = True
+        timer.start()
         if not finished:
-            timer = threading.Timer(start["leave_seconds"], os._exit, (1,))
-            timer.daemon = True
-            timer.start()
             runs.abandon()
+        runs.wandb.teardown()
         code = 0
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]  # what follows is advice
         runs.tell(failed=f"{type(error).__name__}: {reason}"[:300])
-    # The service process ends with this one; wandb's own hooks at exit could wait for the network.
+    # If the service process is still there, it ends with this one; wandb's hooks could wait for it.
     os._exit(code)
 
 

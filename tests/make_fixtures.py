@@ -59,9 +59,7 @@ class Layer(nn.Module):
             norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
         else:
             self.order = [f"conv{suffix}"]
-            convolution = nn.Conv2d(
-                inputs, outputs, taps, stride, padding=taps // 2, bias=norm == "none"
-            )
+            convolution = nn.Conv2d(inputs, outputs, taps, stride, padding=taps // 2, bias=norm == "none")
             self.add_module(self.order[0], convolution)
             norms = {"batch": nn.BatchNorm2d, "layer": lambda channels: nn.GroupNorm(1, channels)}
         if norm != "none":
@@ -123,9 +121,7 @@ def network(model, width, depth, norm, channels=IMAGE[2], classes=CLASSES):
     inputs = width
     for stage in range(4):
         outputs = width * 2**stage
-        layers.add_module(
-            f"module_{stage + 2}", Blocks(inputs, outputs, norm, 1 if stage == 0 else 2, depth)
-        )
+        layers.add_module(f"module_{stage + 2}", Blocks(inputs, outputs, norm, 1 if stage == 0 else 2, depth))
         inputs = outputs
     layers.add_module("pool", Pool())
     layers.add_module("module_6", nn.Linear(inputs, classes))
@@ -134,9 +130,7 @@ def network(model, width, depth, norm, channels=IMAGE[2], classes=CLASSES):
 
 def flax_name(name):
     """PyTorch's dotted name to Flax's path: the block's first/second/shortcut levels vanish."""
-    *path, leaf = [
-        part for part in name.split(".") if part not in ("first", "second", "shortcut")
-    ]
+    *path, leaf = [part for part in name.split(".") if part not in ("first", "second", "shortcut")]
     if leaf == "weight":
         leaf = "scale" if path[-1].startswith("norm") else "kernel"
     leaf = {"running_mean": "mean", "running_var": "var"}.get(leaf, leaf)
@@ -233,7 +227,7 @@ def optimisers_fixture():
 def initialisation_fixture():
     """[largest absolute value, standard deviation] of PyTorch's default layers, large ones."""
     torch.manual_seed(0)
-    layers = {"linear": nn.Linear(300, 2000), "conv": nn.Conv2d(30, 2000, 3)}
+    layers = {"linear": nn.Linear(300, 2000), "conv": nn.Conv2d(128, 512, 3)}
     return {
         f"{name}/{leaf}": np.array([tensor.abs().max().item(), tensor.std().item()])
         for name, layer in layers.items()

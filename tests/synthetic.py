@@ -89,7 +89,7 @@ def learning_curves(
 
     With an equal-updates control; SGD at its longest length does not fit.
     """
-    arms = tuple(
+    arms: tuple[dict[str, Any], ...] = tuple(
         {"arm": f"optimizer={o}, warm_start_epochs={n}", "optimizer": o, "warm_start_epochs": n}
         for o in optimizers
         for n in lengths

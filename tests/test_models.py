@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from plastic_jax import models
 from plastic_jax.errors import InputError
+
+# XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NETWORKS = sorted(path.stem for path in FIXTURES.glob("*_*.npz"))
@@ -27,6 +31,10 @@ def build(model="resnet", **changes):
         "classes": 4,
     }
     return models.build(model, **fields | changes)
+
+
+def init(module, key, shape):
+    return quick_jit(lambda key: models.init(module, key, shape))(key)
 
 
 def load(name):
@@ -65,12 +73,11 @@ def test_fixtures_cover_both_models_and_all_norms():
         assert {spec["norm"] for spec in specs if spec["model"] == model} == set(models.NORMS)
 
 
-# The reference is float64 throughout; float32 errs by rounding, of networks of up to 18 layers.
+# The reference is float64 throughout, and float32 errs by rounding.
 @pytest.mark.parametrize(
     ("name", "dtype", "convolution", "tolerance"),
-    [(name, "float64", "plain", 1e-11) for name in NETWORKS]
-    + [("resnet_batch_1", "float64", "mended", 1e-11)]
-    + [(name, "float32", "mended", 5e-5) for name in ("mlp_batch", "mlp_layer", "resnet_batch_1")],
+    [(name, "float64", "mended" if name == "resnet_none" else "plain", 1e-11) for name in NETWORKS]
+    + [(name, "float32", "mended", 5e-5) for name in ("mlp_batch", "mlp_layer")],
 )
 def test_equals_pytorch(name, dtype, convolution, tolerance):
     """Logits, loss, every gradient and the new running statistics, in both modes."""
@@ -78,27 +85,29 @@ def test_equals_pytorch(name, dtype, convolution, tolerance):
     with jax.enable_x64(dtype == "float64"):
         module = build(**spec, compute_dtype=dtype, convolution=convolution)
         params, stats = (
-            jax.tree.map(lambda a: jnp.asarray(a, dtype), fixture.get(key, {}))
-            for key in ("params", "stats")
+            jax.tree.map(lambda a: jnp.asarray(a, dtype), fixture.get(key, {})) for key in ("params", "stats")
         )
         images = jnp.asarray(fixture["images"], dtype)
 
-        @jax.jit
-        def both_modes(params, stats, images, labels):
-            return {
-                mode: jax.value_and_grad(loss_of(module, mode == "train"), has_aux=True)(
-                    params, stats, images, labels
-                )
-                for mode in ("train", "eval")
-            }
+        @quick_jit
+        def both_modes(*args):
+            results = {}
+            for mode in ("train", "eval"):
+                loss = loss_of(module, mode == "train")
+                if "grads" in fixture[mode]:
+                    results[mode] = jax.value_and_grad(loss, has_aux=True)(*args)
+                else:
+                    results[mode] = loss(*args), None
+            return results
 
         results = both_modes(params, stats, images, jnp.asarray(fixture["labels"]))
+    assert results["train"][1] is not None
     for mode, ((loss, (logits, new_stats)), grads) in results.items():
         expected = fixture[mode]
         assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(dtype)}
         np.testing.assert_allclose(logits, expected["logits"], rtol=tolerance, atol=tolerance)
         np.testing.assert_allclose(loss, expected["loss"], rtol=tolerance)
-        if "grads" in expected:
+        if grads is not None:
             assert_trees_close(grads, expected["grads"], tolerance)
         expected_stats = expected.get("stats", {}) if mode == "train" else fixture.get("stats", {})
         assert_trees_close(new_stats, expected_stats, tolerance)
@@ -116,9 +125,7 @@ def test_parameters_are_counted_and_modules_named(model, norm, shape):
         # The head has no norm.
         assert sorted(variables["batch_stats"]) == (names[:-1] if norm == "batch" else [])
         assert type(variables["params"]) is dict
-        count = models.parameters_count(
-            model, width=3, depth=depth, norm=norm, classes=4, shape_HWC=shape
-        )
+        count = models.parameters_count(model, width=3, depth=depth, norm=norm, classes=4, shape_HWC=shape)
         assert count == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
@@ -126,74 +133,97 @@ def test_resnet_18_has_the_known_number_of_parameters():
     module = build(width=64, depth=2, classes=10)
     shape = (32, 32, 3)
     variables = jax.eval_shape(lambda key: models.init(module, key, shape), jax.random.key(0))
-    counted = models.parameters_count(
-        "resnet", width=64, depth=2, norm="batch", classes=10, shape_HWC=shape
-    )
+    counted = models.parameters_count("resnet", width=64, depth=2, norm="batch", classes=10, shape_HWC=shape)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 11_173_962 == counted
 
 
 def large_layers(initialisation):
-    """Kernels and biases of a linear layer (300 -> 2000) and of a stem (3x3x30 -> 2000)."""
-    common = {"norm": "none", "width": 2000, "initialisation": initialisation}
+    """{name: (layer, fan_in)} of a linear layer (300 -> 2000) and a 3x3 convolution (128 -> 128)."""
     key = jax.random.key(3)
-    linear = models.init(build("mlp", **common), key, (10, 10, 3))["params"]["module_1"]["linear"]
-    stem = models._Stem(2000, "none", initialisation, "float32", "plain")
-    images = jnp.zeros((1, 4, 4, 30))
-    return {"linear": linear, "conv": stem.init(key, images, train=False)["params"]["conv"]}
+    common = {"norm": "none", "initialisation": initialisation}
+    mlp = init(build("mlp", width=2000, **common), key, (10, 10, 3))["params"]
+    resnet = init(build(width=16, **common), key, (8, 8, 3))["params"]
+    return {
+        "linear": (mlp["module_1"]["linear"], 300),
+        "conv": (resnet["module_5"]["block_1"]["conv_2"], 9 * 128),
+    }
 
 
-def test_pytorch_initialisation():
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_pytorch_initialisation(name):
     """Uniform within 1 / sqrt(fan_in), as documented, and as PyTorch's own layers came out."""
     torch = np.load(FIXTURES / "initialisation.npz")
-    for name, fan_in in (("linear", 300), ("conv", 270)):
-        layer = large_layers("pytorch")[name]
-        for leaf, share in (("kernel", 0.002), ("bias", 0.05)):
-            values, bound = np.asarray(layer[leaf]), fan_in**-0.5
-            np.testing.assert_allclose(np.abs(values).max(), bound, rtol=share)
-            assert np.abs(values).max() <= bound * (1 + 1e-6)
-            np.testing.assert_allclose(values.std(), bound / 3**0.5, rtol=share)
-            assert abs(values.mean()) < 0.02 * bound if leaf == "bias" else 1e-3 * bound
-            # A uniform distribution's quartiles, which its bound and variance do not fix.
-            quartiles = np.quantile(values, [0.25, 0.5, 0.75])
-            np.testing.assert_allclose(quartiles, [-bound / 2, 0, bound / 2], atol=bound * share)
-            largest, deviation = torch[f"{name}/{leaf}"]
-            np.testing.assert_allclose(np.abs(values).max(), largest, rtol=share)
-            np.testing.assert_allclose(values.std(), deviation, rtol=share)
+    layer, fan_in = large_layers("pytorch")[name]
+    bound = fan_in**-0.5
+    for leaf in ("kernel", "bias"):
+        values = np.asarray(layer[leaf])
+        assert 0.97 * bound < np.abs(values).max() <= bound * (1 + 1e-6)
+        # Four standard errors: of the mean, the standard deviation, and the quartiles, which bound
+        # and variance do not fix.
+        error = 4 * bound / values.size**0.5
+        np.testing.assert_allclose(values.mean(), 0, atol=error * 0.58)
+        np.testing.assert_allclose(values.std(), bound / 3**0.5, atol=error * 0.26)
+        quartiles = np.quantile(values, [0.25, 0.5, 0.75])
+        np.testing.assert_allclose(quartiles, [-bound / 2, 0, bound / 2], atol=error)
+        largest, deviation = torch[f"{name}/{leaf}"]
+        np.testing.assert_allclose(np.abs(values).max(), largest, rtol=0.03)
+        np.testing.assert_allclose(values.std(), deviation, atol=error * 0.4)
 
 
 @pytest.mark.parametrize(("initialisation", "gain"), [("he", 2.0), ("lecun", 1.0)])
 def test_normal_initialisations(initialisation, gain):
-    """Truncated at two standard deviations of the normal that is cut, then var = gain / fan_in."""
-    for name, fan_in in (("linear", 300), ("conv", 270)):
-        layer = large_layers(initialisation)[name]
+    """Normal, cut off at two standard deviations, with var = gain / fan_in after the cut."""
+    for layer, fan_in in large_layers(initialisation).values():
         values, deviation = np.asarray(layer["kernel"]), (gain / fan_in) ** 0.5
-        np.testing.assert_allclose(values.std(), deviation, rtol=0.005)
-        assert abs(values.mean()) < 0.005 * deviation
-        # 0.8796 is the standard deviation of a standard normal cut at -2 and 2.
-        np.testing.assert_allclose(np.abs(values).max(), 2 * deviation / 0.8796, rtol=0.002)
+        error = 4 * deviation / values.size**0.5
+        np.testing.assert_allclose(values.mean(), 0, atol=error)
+        np.testing.assert_allclose(values.std(), deviation, atol=error * 0.7)
+        # A standard normal cut off at -2 and 2 has the standard deviation 0.8796 and half of its
+        # values within 0.6391.
+        np.testing.assert_allclose(np.abs(values).max(), 2 * deviation / 0.8796, rtol=0.001)
+        middle = np.median(np.abs(values))
+        np.testing.assert_allclose(middle, 0.6391 * deviation / 0.8796, atol=error * 1.5)
         assert not np.any(layer["bias"])
 
 
-@pytest.mark.parametrize("initialisation", models.INITIALISATIONS)
-@pytest.mark.parametrize("model", models.MODELS)
-def test_draws_are_the_same_in_every_precision_and_under_vmap(model, initialisation):
+def test_norms_start_neutral():
+    for norm, stats in (("batch", True), ("layer", False)):
+        variables = init(build("mlp", norm=norm), jax.random.key(0), (8, 8, 1))
+        first = variables["params"]["module_1"]["norm"]
+        assert np.all(first["scale"] == 1) and not np.any(first["bias"])
+        if stats:
+            running = variables["batch_stats"]["module_1"]["norm"]
+            assert np.all(running["var"] == 1) and not np.any(running["mean"])
+
+
+def test_no_two_parameters_share_a_draw():
+    """The one draw is cut up without overlap, and every kernel and bias gets its part."""
+    for model in models.MODELS:
+        variables = init(build(model, norm="none", width=4), jax.random.key(0), (8, 8, 3))
+        leaves = jax.tree.leaves(variables["params"])
+        # Up to their scale, the uniform values are multiples of 2^-22: chance repeats are rare.
+        values = np.concatenate([np.ravel(leaf) / np.abs(leaf).max() for leaf in leaves])
+        assert np.unique(values).size > 0.99 * values.size and np.all(values != 0)
+
+
+@pytest.mark.parametrize("initialisation", ["pytorch", "he"])
+def test_draws_are_the_same_in_every_precision_and_under_vmap(initialisation):
     keys = jax.random.split(jax.random.key(7), 2)
     shape = (8, 8, 3)
 
     def draw(compute_dtype, keys):
-        module = build(model, initialisation=initialisation, compute_dtype=compute_dtype)
-        return jax.jit(jax.vmap(lambda key: models.init(module, key, shape)))(keys)
+        module = build("mlp", initialisation=initialisation, compute_dtype=compute_dtype)
+        return quick_jit(jax.vmap(lambda key: models.init(module, key, shape)))(keys)
 
-    single = draw("float32", keys)
-    alone = models.init(build(model, initialisation=initialisation), keys[1], shape)
+    single, alone = draw("float32", keys), draw("float32", keys[1:])
     with jax.enable_x64(True):
         double, single_x64 = draw("float64", keys), draw("float32", keys)
         assert {leaf.dtype for leaf in jax.tree.leaves(double)} == {np.dtype("float64")}
     half = draw("bfloat16", keys)
     for other in (double, single_x64, half):
         jax.tree.map(np.testing.assert_array_equal, other, single)
-    jax.tree.map(np.testing.assert_array_equal, alone, jax.tree.map(lambda a: a[1], single))
-    kernel = single["params"]["module_1"]["linear" if model == "mlp" else "conv"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, alone, jax.tree.map(lambda a: a[1:], single))
+    kernel = single["params"]["module_1"]["linear"]["kernel"]
     assert np.all(kernel[0] != kernel[1])  # another key, other values
 
 
@@ -209,7 +239,7 @@ def step_text(module, variables, images):
 def test_float32_stays_float32_under_x64(model, norm):
     with jax.enable_x64(True):
         module = build(model, norm=norm, convolution="mended")
-        variables = models.init(module, jax.random.key(0), (8, 8, 1))
+        variables = jax.eval_shape(lambda key: models.init(module, key, (8, 8, 1)), jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
         text = step_text(module, variables, jnp.ones((3, 8, 8, 1), jnp.float32))
     arrays = set(re.findall(r"\b(f64|f32|bf16)\[", text))
@@ -218,14 +248,17 @@ def test_float32_stays_float32_under_x64(model, norm):
     assert not re.search(r"\bf64\[[^\]]", text)
 
 
-@pytest.mark.parametrize("norm", models.NORMS)
-@pytest.mark.parametrize("model", models.MODELS)
+@pytest.mark.parametrize(("model", "norm"), [("resnet", "batch"), ("mlp", "batch"), ("mlp", "layer")])
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(model, norm):
-    images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
+    images = np.random.default_rng(0).standard_normal((16, 8, 8, 3)).astype(np.float32)
     half, single = (build(model, norm=norm, width=4, compute_dtype=d) for d in ("bfloat16", "float32"))
-    variables = models.init(half, jax.random.key(0), (8, 8, 3))
-    logits, stats = models.apply(half, variables, images, train=True)
-    exact, exact_stats = models.apply(single, variables, images, train=True)
+    variables = init(half, jax.random.key(0), (8, 8, 3))
+
+    @quick_jit
+    def both(variables, images):
+        return [models.apply(module, variables, images, train=True) for module in (half, single)]
+
+    (logits, stats), (exact, exact_stats) = both(variables, images)
     kept = {leaf.dtype for leaf in jax.tree.leaves((variables, logits, stats))}
     assert kept == {np.dtype("float32")}
     np.testing.assert_allclose(logits, exact, atol=0.1)
@@ -275,23 +308,31 @@ def test_batch_norm_of_a_single_value_stays_finite():
 
 
 def test_evaluation_depends_on_no_other_example():
-    module = build()
-    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    variables = models.init(module, jax.random.key(0), (8, 8, 3))
+    module = build("mlp")
+    images = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
+    variables = init(module, jax.random.key(0), (8, 8, 3))
+
+    @quick_jit
+    def logits(variables, images):
+        return {
+            (train, count): models.apply(module, variables, images[:count], train=train)[0]
+            for train in (True, False)
+            for count in (2, 4)
+        }
+
+    results = logits(variables, images)
     for train, equal in ((False, True), (True, False)):
-        four, _ = models.apply(module, variables, images, train=train)
-        two, _ = models.apply(module, variables, images[:2], train=train)
+        two, four = results[train, 2], results[train, 4]
         assert np.allclose(four[:2], two, atol=1e-6) is equal
 
 
 def test_gradient_of_relu_at_zero_is_zero():
     """As in PyTorch. Zero images and zero biases put every unit at exactly 0."""
     module = build("mlp", norm="none", initialisation="he")
-    variables = models.init(module, jax.random.key(0), (2, 2, 1))
-    images, labels = jnp.zeros((3, 2, 2, 1)), jnp.asarray([0, 1, 1])
-    grads, _ = jax.grad(loss_of(module, True), has_aux=True)(
-        variables["params"], {}, images, labels
-    )
+    variables = init(module, jax.random.key(0), (2, 2, 1))
+    images, labels = np.zeros((3, 2, 2, 1), np.float32), np.asarray([0, 1, 1], np.int32)
+    gradient = quick_jit(jax.grad(loss_of(module, True), has_aux=True))
+    grads, _ = gradient(variables["params"], {}, images, labels)
     assert not np.any(grads["module_1"]["linear"]["bias"])
     assert np.any(grads["module_2"]["bias"])
 

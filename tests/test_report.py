@@ -109,7 +109,7 @@ def lines_of(axes) -> list[np.ndarray]:
 
 def test_accuracy_curves_align_the_tuning_stages(sweep):
     table, _, setting = part(sweep, ("adam",))
-    curves, dots = report.accuracy_curves(table, setting, "digits").axes
+    curves, dots = report.accuracy_curves(table, setting, "Fresh\n300 digits").axes
     longest = table[table["warm_start_epochs"] == 40]
     expected = 100 * longest.groupby(["stage", "epoch"])["test_accuracy"].mean()
     drawn = lines_of(curves)
@@ -131,8 +131,8 @@ def test_accuracy_curves_align_the_tuning_stages(sweep):
     np.testing.assert_allclose(x, np.arange(31, 51))
     labels = [tick.get_text() for tick in dots.get_xticklabels()]
     assert len(labels) == 3 and labels[0] == "fresh"
-    assert "5 seeds; mean and 95 % interval" in curves.get_title(loc="left")
-    assert "optimizer=adam" in curves.get_title(loc="left")
+    title = ["Fresh", "300 digits, optimizer=adam", "5 seeds; mean and 95 % interval"]
+    assert curves.get_title(loc="left").split("\n") == title
 
 
 def test_accuracy_curves_band_is_the_t_interval():

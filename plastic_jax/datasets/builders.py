@@ -66,9 +66,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         train, test = originals.read(self.name, paths)
         return {"train": self._generate_examples(*train), "test": self._generate_examples(*test)}
 
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             yield index, {"image": image, "label": label}
 
@@ -93,9 +91,7 @@ class SvhnCropped(_Builder, skip_registration=True):
     """SVHN's cropped digits, without the extra ones (Netzer et al. 2011)."""
 
 
-_BUILDERS = {
-    builder.name: builder for builder in (Digits, FashionMnist, Cifar10, Cifar100, SvhnCropped)
-}
+_BUILDERS = {builder.name: builder for builder in (Digits, FashionMnist, Cifar10, Cifar100, SvhnCropped)}
 
 
 def prepare(name: str, root: Path, key: str, folder: Path | None) -> Path:
@@ -143,9 +139,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, downloads: Path, folder: Path | 
         _check_network(name, downloads)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    config = tfds.download.DownloadConfig(
-        manual_dir=folder, try_download_gcs=False, force_checksums_validation=True
-    )
+    config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False, force_checksums_validation=True)
     # TFDS prints that it downloads, whether or not it does.
     out = sys.stderr if folder is None and originals.FILES[name] else io.StringIO()
     try:
@@ -159,11 +153,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, downloads: Path, folder: Path | 
 
 def _check_network(name: str, downloads: Path) -> None:
     """Asks once for what is still to be downloaded: TFDS itself tries for minutes."""
-    done = {
-        url
-        for path in (downloads / name).glob("*.INFO")
-        for url in json.loads(path.read_text()).get("urls", ())
-    }
+    done = {url for path in (downloads / name).glob("*.INFO") for url in json.loads(path.read_text()).get("urls", ())}
     for url in [file.url for file in originals.FILES[name] if file.url not in done][:1]:
         try:
             with requests.get(url, stream=True, timeout=10) as response:

@@ -134,7 +134,8 @@ class Damaged(ValueError):
 
     def __init__(self, path: Path, reason: str):
         """Names the file and what is wrong with it."""
-        super().__init__(f"{path} is damaged or not the original ({reason})")
+        first_line = reason.partition("\n")[0]
+        super().__init__(f"{path} is damaged or not the original ({first_line})")
 
 
 def layouts(name: str) -> list[tuple[str, ...]]:
@@ -190,11 +191,7 @@ def fingerprint(name: str, paths: Sequence[Path]) -> str:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256")
             expected = official.get(path.name)
-            if (
-                expected is not None
-                and path.stat().st_size == expected.size
-                and digest.hexdigest() != expected.sha256
-            ):
+            if expected is not None and path.stat().st_size == expected.size and digest.hexdigest() != expected.sha256:
                 raise Damaged(path, "its size is right, its SHA-256 is not")
             key.update(digest.digest())
     return key.hexdigest()[:16]
@@ -304,10 +301,7 @@ def _read_cifar(name: str, paths: Sequence[Path], label_bytes: int) -> tuple[Spl
     else:
         contents = [path.read_bytes() for path in paths]
         sources = list(paths)
-    parts = [
-        _cifar_records(content, label_bytes, source)
-        for content, source in zip(contents, sources, strict=True)
-    ]
+    parts = [_cifar_records(content, label_bytes, source) for content, source in zip(contents, sources, strict=True)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
     return (images, labels), parts[-1]
 
@@ -327,7 +321,7 @@ def _from_archive(path: Path, files: Sequence[str]) -> list[bytes]:
     """The contents of the named files, wherever they lie in a tar archive, gzipped or not."""
     contents = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(_unzipped(path))) as archive:
+        with tarfile.open(fileobj=io.BytesIO(_unzipped(path)), mode="r:") as archive:
             for member in archive:
                 file = member.name.rpartition("/")[2]
                 content = archive.extractfile(member) if file in files else None
@@ -354,13 +348,11 @@ def _read_svhn(path: Path) -> Split:
     """A MATLAB 5 file with X, uint8 [32, 32, 3, N], and y, [N, 1], from 1 to 10."""
     import scipy.io
 
+    content = io.BytesIO(path.read_bytes())
     try:
-        content = scipy.io.loadmat(path, variable_names=("X", "y"))
-        images_HWCN, labels = content["X"], content["y"].reshape(-1)
-    except OSError:
-        raise
-    # A damaged file makes scipy raise whatever the wrong bytes lead to, SystemError included.
-    except Exception as error:
+        arrays = scipy.io.loadmat(content, variable_names=("X", "y"))
+        images_HWCN, labels = arrays["X"], arrays["y"].reshape(-1)
+    except Exception as error:  # of many kinds: whatever the wrong bytes lead scipy to
         raise Damaged(path, f"no MATLAB 5 file with X and y: {error!r}") from error
     if images_HWCN.dtype != np.uint8 or images_HWCN.ndim != 4:
         raise Damaged(path, f"X is {images_HWCN.dtype} of shape {images_HWCN.shape}")
@@ -387,13 +379,9 @@ def _one_sentence(name: str) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        raise InputError(
-            f"dataset={name!r}: {error}; put the original there: {what_to_put(name)}"
-        ) from error
+        raise InputError(f"dataset={name!r}: {error}; put the original there: {what_to_put(name)}") from error
     except OSError as error:
-        raise InputError(
-            f"dataset={name!r}: {error.filename} cannot be read ({error.strerror})"
-        ) from error
+        raise InputError(f"dataset={name!r}: {error.filename} cannot be read ({error.strerror})") from error
 
 
 _READERS: dict[str, Callable[[Sequence[Path]], tuple[Split, Split]]] = {

@@ -145,8 +145,7 @@ def _read_split(prepared: Prepared, split: str, examples: int) -> Split:
         images[index], labels[index] = image, label
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= spec.classes:
         raise InputError(
-            f"dataset={spec.name!r} has {split} labels outside 0 to {spec.classes - 1}: every "
-            "example needs a label"
+            f"dataset={spec.name!r} has {split} labels outside 0 to {spec.classes - 1}: every example needs a label"
         )
     return images, labels
 
@@ -160,7 +159,7 @@ def _examples(prepared: Prepared, split: str, examples: int) -> Iterator[tuple[n
     decode = prepared.builder.info.features[prepared.image].decode_example_np
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
-        source = prepared.builder.as_data_source(split, deserialize_method=raw)
+        source = prepared.builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
         for start in range(0, examples, _BATCH):
             for record in source.__getitems__(range(start, min(start + _BATCH, examples))):
                 features = _PROTO.Example.FromString(record).features.feature

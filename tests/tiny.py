@@ -1,0 +1,70 @@
+"""A study small enough to be trained many times over: noise images, an MLP, a few steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from plastic_jax import plan, rows, train, trial
+from plastic_jax.config import Sweep
+from plastic_jax.data import Dataset, DatasetSpec
+from plastic_jax.trial_axis import Formulation
+
+SPEC = DatasetSpec("noise", 50, 30, (4, 4, 1), 5)
+CONFIG: dict[str, Any] = dict(
+    dataset="noise",
+    model="mlp",
+    width=8,
+    depth=2,
+    norm="batch",
+    batch_size=8,
+    learning_rate=0.01,
+    warm_start_epochs=(0, 2, 5),
+    tuning_epochs=4,
+    metric_epochs=2,
+    seeds=2,
+)
+
+
+def dataset(spec: DatasetSpec = SPEC) -> Dataset:
+    draw = np.random.default_rng(7)
+    images = [draw.integers(0, 256, (n, *spec.shape), np.uint8) for n in (spec.train_examples, spec.test_examples)]
+    labels = [draw.integers(0, spec.classes, n).astype(np.int32) for n in (spec.train_examples, spec.test_examples)]
+    return Dataset(spec, images[0], labels[0], images[1], labels[1])
+
+
+def study(fresh: dict[str, Any] | None = None, spec: DatasetSpec = SPEC, **changes: Any) -> trial.Study:
+    sweep = Sweep.of({**CONFIG, **changes})
+    return trial.study(sweep, {"noise": spec}, {"warm_start_epochs": 0} if fresh is None else fresh)
+
+
+def programs(of: trial.Study, formulation: Formulation, devices: int = 1, **more: Any) -> list[train.ProgramRun]:
+    return [
+        train.ProgramRun(p, dataset(), formulation, jax.devices()[:devices], of.sweep.eval_every, **more)
+        for p in plan.programs(of)
+    ]
+
+
+def table(of: trial.Study, runs: Sequence[train.ProgramRun]) -> pd.DataFrame:
+    found = pd.DataFrame([row for run in runs for row in rows.rows(of, run.plan, run.records)], columns=rows.columns(of))
+    return found.sort_values(["trial", "stage", "step"], ignore_index=True)
+
+
+def trained(
+    of: trial.Study, axis: str = "map", slots: int = 4, devices: int = 1, convolution: str = "plain"
+) -> pd.DataFrame:
+    """The results table of a study under one formulation."""
+    runs = programs(of, Formulation(axis, convolution, slots), devices)
+    for run in runs:
+        while run.step():
+            pass
+    return table(of, runs)
+
+
+def same(a: pd.DataFrame, b: pd.DataFrame, ignore: Sequence[str] = ("trial",)) -> None:
+    """Assert equality to the last bit, but for the columns `ignore`."""
+    keys = ["arm", "seed", "stage", "step"]
+    a, b = (t.drop(columns=list(ignore)).sort_values(keys, ignore_index=True) for t in (a, b))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
