@@ -133,9 +133,8 @@ def _backward(
     axes = tuple(zip(sizes, taps, outputs, strides, pads, strict=True))
 
     # dL/dx: the output's gradient, spread out by the stride, convolved with the kernel turned
-    # round and with its two channel axes exchanged. The barriers keep XLA from folding the
-    # transposes back into the convolution's layout.
-    turned_HWOI = lax.optimization_barrier(kernel_HWIO[::-1, ::-1].transpose(0, 1, 3, 2))
+    # round and with its two channel axes exchanged.
+    turned_HWOI = kernel_HWIO[::-1, ::-1].transpose(0, 1, 3, 2)
     image_gradient_BHWC = _canonical(
         gradient_BHWO,
         turned_HWOI,
@@ -146,8 +145,8 @@ def _backward(
 
     # dL/dw: each input channel is an image whose channels are the examples, and the output's
     # gradient, spread out by the stride, is the kernel.
-    images_CHWB = lax.optimization_barrier(images_BHWC.transpose(3, 1, 2, 0))
-    gradient_HWBO = lax.optimization_barrier(gradient_BHWO.transpose(1, 2, 0, 3))
+    images_CHWB = images_BHWC.transpose(3, 1, 2, 0)
+    gradient_HWBO = gradient_BHWO.transpose(1, 2, 0, 3)
     kernel_gradient_IHWO = _canonical(
         images_CHWB,
         gradient_HWBO,
@@ -155,7 +154,6 @@ def _backward(
         kernel_dilation=strides,
         precision=precision,
     )
-    kernel_gradient_IHWO = lax.optimization_barrier(kernel_gradient_IHWO)
     return image_gradient_BHWC, kernel_gradient_IHWO.transpose(1, 2, 0, 3)
 
 

@@ -15,6 +15,9 @@ from plastic_jax.errors import InputError
 from plastic_jax.experiment import Experiment
 
 
+OWN = ("preset", "config", "workdir", "data_dir", "dry_run", "overwrite", "wandb", "device_memory_gib")
+
+
 def _refuse(error: object) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -34,6 +37,9 @@ def _preset(argv: Sequence[str], presets: Sequence[str]) -> str:
 def _define(experiment: Experiment, argv: Sequence[str]) -> None:
     from ml_collections import ConfigDict, config_flags
 
+    for argument in argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            check_name(match[1])
     presets = list(experiment.presets)
     flags.DEFINE_enum("preset", presets[0], presets, "the fields' values before --config.FIELD=VALUE")
     flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME-HASH); the same command goes on there")
@@ -46,14 +52,15 @@ def _define(experiment: Experiment, argv: Sequence[str]) -> None:
     # Tuples throughout: ml_collections then takes `8`, `8,16` and `(8, 16)`; our own check does the rest.
     given = {name: values.get(name, spec.default) for name, spec in FIELDS.items()}
     tuples = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
-    config_flags.DEFINE_config_dict("config", ConfigDict(tuples), "a field of the config")
+    what = "--config.FIELD=VALUE or --config.FIELD='(VALUE, VALUE)' for the fields " + ", ".join(FIELDS)
+    config_flags.DEFINE_config_dict("config", ConfigDict(tuples), what)
+    for name in OWN:  # so that --help shows them
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
     for argument in argv[1:]:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            check_name(match[1])
-        elif argument.startswith("-"):
+        if argument.startswith("-") and not re.match(r"--?(?:no)?config\.", argument):
             name = re.sub(r"^--?|=.*$", "", argument)
             known = [*flags.FLAGS, *(f"no{n}" for n in flags.FLAGS)]
             if name and name not in known:

@@ -205,7 +205,8 @@ class ProgramRun:
                 else:
                     ended.append(i)
         rest = {"sample": self._sample, "stage": self._stage, "target": trial_axis.sharded(target, self.mesh)}
-        out = self._compiled.chunk({"state": self._state}, rest, self._data)
+        with jax.transfer_guard("disallow"):  # nothing but what is named above goes to the device
+            out = self._compiled.chunk({"state": self._state}, rest, self._data)
         self._state, self._host = out["state"], None
         pending = Pending(out["metrics"], entries)
         if ended:

@@ -102,13 +102,13 @@ def over_trials(function: Callable[..., Any], axis: str, over: Mesh, donate: tup
         sharded = jax.shard_map(batched, mesh=over, in_specs=specs, out_specs=along, check_vma=False)
         return sharded(blocks, *arguments)
 
+    call.__name__ = function.__name__  # for profiles and compilation logs
     compiled = jax.jit(call, donate_argnums=tuple(n + 1 for n in donate))
 
     def run(*arguments: Any) -> Any:
         slots = jax.tree.leaves(arguments[0])[0].shape[0]
         return compiled(replicated(np.array([slots // over.size // block], np.int32), over), *arguments)
 
-    run.compiled = compiled  # type: ignore[attr-defined]
     return run
 
 

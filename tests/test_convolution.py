@@ -214,6 +214,16 @@ def test_plain_has_slow_convolutions_in_a_training_loop():
     assert layouts.total() - layouts[CANONICAL] >= 12, layouts
 
 
+def test_taps_that_see_only_padding_cost_nothing():
+    """On a 1x1 image the middle one of nine taps is all that matters, in the gradients as well."""
+    kind = (3, 1, 1)
+    arguments = first_trial(lambda *arrays: arrays)(*operands(kind, (1, 1), jnp.float32))
+    text = str(jax.make_jaxpr(with_gradients("mended", kind))(*arguments))
+    shapes = re.findall(r"f32(\[[\d,]+\]) = conv_general_dilated", text)
+    assert shapes == ["[3,1,1,5]", "[3,1,1,3]", "[3,1,1,5]"]
+    assert "pad[" in text  # the kernel's gradient is zero for the other eight
+
+
 def test_padding_by_name():
     images, kernel, _ = (a[0] for a in operands((3, 1, 2), (7, 8), jnp.float32))
     for padding in ("SAME", "VALID"):

@@ -79,8 +79,8 @@ def compiled_chunk(point, of, axis, slots, convolution):
     stacked = jax.tree.map(lambda leaf: shape_of((slots, *leaf.shape), leaf.dtype, along), trial)
     state = {"state": stacked.pop("state")}
     data = jax.tree.map(lambda leaf: shape_of(leaf.shape, leaf.dtype, whole), data)
-    chunk = trial_axis.over_trials(made.chunk, axis, mesh, donate=(0,)).compiled
-    return chunk.lower(shape_of((1,), sharding=whole), state, stacked, data).compile(QUICK)
+    chunk = jax.jit(trial_axis.over_trials(made.chunk, axis, mesh), donate_argnums=0)
+    return chunk.lower(state, stacked, data).compile(QUICK)
 
 
 # Counts by hand and known totals
@@ -91,6 +91,10 @@ def test_resnet_18_takes_the_known_flops():
     found = costs(Config(), of)
     assert found.parameters == 11_173_962
     assert found.step_flops == pytest.approx(374e9, rel=0.003)
+    stem, head, modules = 1024 * 9 * 3 * 64, 512 * 10, 1024 * 4 * 9 * 64 * 64
+    for pixels, w in ((256, 128), (64, 256), (16, 512)):
+        modules += pixels * (9 * w // 2 * w + 3 * 9 * w * w + w // 2 * w)
+    assert found.padded_step_flops == 128 * 2 * (3 * (stem + modules + head) - stem)
     assert found.padded_step_flops / 128 == pytest.approx(3.33e9, rel=0.001)
     # A third of the convolutions of a step, whose stem has no input gradient.
     assert found.evaluation_flops == pytest.approx(2.89e9 / 3, rel=0.01)
@@ -177,7 +181,8 @@ ESTIMATE = 1.4
 @pytest.mark.parametrize(
     ("point", "shape", "convolution", "tolerance"),
     [
-        pytest.param(resnet(), "fashion", "plain", CLOSE, id="batch"),
+        # The narrowest have the largest share of operations beside the convolutions: 22 % here.
+        pytest.param(resnet(width=2, depth=2), "fashion", "plain", CLOSE, id="batch"),
         pytest.param(resnet(depth=2, norm="none", optimizer="sgd"), "digits", "mended", CLOSE, id="none"),
         pytest.param(
             resnet(width=16, norm="layer", optimizer="momentum", batch_size=32),
@@ -190,13 +195,16 @@ ESTIMATE = 1.4
         pytest.param(mlp(norm="layer"), "digits", "plain", CLOSE, id="mlp-layer"),
         pytest.param(mlp(norm="batch", batch_size=32), "digits", "plain", SMALL, id="mlp-small"),
         # With batches as small as these the update is a fifth of a step.
-        pytest.param(
-            mlp(norm="none", batch_size=8, optimizer="momentum"), "digits", "plain", CLOSE, id="momentum"
+        *(
+            pytest.param(
+                mlp(norm="none", batch_size=8, **fields), "digits", "plain", CLOSE, id=fields["optimizer"]
+            )
+            for fields in (
+                {"optimizer": "adam", "decoupled": True},
+                {"optimizer": "momentum"},
+                {"optimizer": "rmsprop"},
+            )
         ),
-        pytest.param(
-            mlp(norm="none", batch_size=8, optimizer="rmsprop"), "digits", "plain", CLOSE, id="rmsprop"
-        ),
-        pytest.param(mlp(norm="none", batch_size=8, decoupled=True), "digits", "plain", CLOSE, id="adamw"),
     ],
 )
 def test_a_step_is_what_the_compiler_finds(point, shape, convolution, tolerance):
@@ -239,7 +247,7 @@ def test_an_evaluation_is_what_the_compiler_finds(point, shape):
     ("point", "of", "axis", "slots", "convolution"),
     [
         pytest.param(mlp(norm="none", depth=1), spec("fashion"), "map", 4, "plain", id="state"),
-        pytest.param(mlp(norm="batch", depth=1), spec("fashion", test=2000), "vmap", 8, "plain", id="vmap"),
+        pytest.param(mlp(norm="batch", depth=1), spec("fashion", test=2000), "vmap", 16, "plain", id="vmap"),
         pytest.param(resnet(), spec("fashion"), "map", 2, "mended", id="resnet", marks=pytest.mark.slow),
     ],
 )
@@ -248,4 +256,5 @@ def test_bytes_are_about_what_the_compiler_needs(point, of, axis, slots, convolu
     memory = compiled_chunk(point, of, axis, slots, convolution).memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed += memory.temp_size_in_bytes
+    print('R',found/needed)
     assert 1 / ESTIMATE < found / needed < ESTIMATE

@@ -180,12 +180,12 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(environment, tmp_path, f
     path, _ = finished
     arguments = [*SMALL, f"--workdir={tmp_path}", "--config.keep=stages", "--config.checkpoint_minutes=0.0001"]
     process = start(arguments, environment)
-    while len(list(tmp_path.glob("checkpoints/run/[0-9]*/_CHECKPOINT_METADATA"))) < 2 and process.poll() is None:
+    while len(_whole(tmp_path)) < 2 and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    steps = sorted((p for p in (tmp_path / "checkpoints/run").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
-    _damage(steps[-1])
+    assert len(_whole(tmp_path)) >= 2
+    _damage(_whole(tmp_path)[-1])
     code, out, err = call(arguments, environment)
     assert code == 0, err
     assert "damaged" in out
@@ -194,6 +194,12 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(environment, tmp_path, f
         _damage(step)
     refused(arguments, environment, "damaged", "--overwrite")
     assert (tmp_path / "results.parquet").read_bytes() == (path / "results.parquet").read_bytes()
+
+
+def _whole(path: Path) -> list[Path]:
+    """The finished checkpoints, oldest first."""
+    found = path.glob("checkpoints/run/*/commit_success.txt")
+    return sorted((f.parent for f in found if f.parent.name.isdigit()), key=lambda p: int(p.name))
 
 
 def _damage(step: Path) -> None:
@@ -226,7 +232,7 @@ def test_a_workdir_in_use_is_refused(environment, tmp_path):
         (["--config.width=abc"], ["width", "abc", "a whole number"]),
         (["--config.seeds=0"], ["seeds", "at least 1"]),
         (["--config.dataset=mnits"], ["mnits", "digits"]),
-        (["--config.train_examples=20", "--config.batch_size=32"], ["batch_size=32", "10 examples"]),
+        (["--config.train_examples=20", "--config.batch_size=32"], ["batch_size=32", "20 examples"]),
         (["--wandb=sometimes"], ["sometimes", "offline"]),
         (["--workdir=/proc/nowhere/run"], ["/proc/nowhere/run", "cannot be written"]),
         (["stray"], ["stray"]),
