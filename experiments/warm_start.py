@@ -20,6 +20,7 @@ QUICKSTART = dict(
     width=100,
     depth=4,
     norm="none",
+    initialisation="he",  # with PyTorch's default, 100 epochs leave some trials short of fitting their data
     batch_size=32,
     warm_start_epochs=(0, 10, 50, 200),
     tuning_epochs=100,

@@ -225,7 +225,7 @@ class Training:
         passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
         bar = tqdm(
             total=total, initial=passed, unit=" steps", unit_scale=True, desc="training", smoothing=0.05,
-            disable=not self.options.progress, dynamic_ncols=True, leave=True,
+            disable=not self.options.progress, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )  # fmt: skip
         if found:
             self._write_table()

@@ -1,0 +1,113 @@
+"""README and the lock file say what is there: commands, flags, modules, links, versions."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from plastic_jax import flags_table
+from plastic_jax.config import FIELDS
+from plastic_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "plastic_jax"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+
+
+def test_the_table_of_flags_is_the_configs():
+    assert flags_table.rewritten(README) == README, "run: python -m plastic_jax.flags_table"
+
+
+def test_the_table_has_a_row_of_five_cells_for_each_field():
+    rows = flags_table.markdown().splitlines()
+    assert [re.match(r"\| `(\w+)` ", row)[1] for row in rows[2:]] == list(FIELDS)
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6}
+
+
+@pytest.mark.parametrize("text", ["", "<!-- flags -->", "<!-- /flags --><!-- flags -->", "<!-- flags --><!-- /flags -->" * 2])
+def test_marks_that_are_not_there_once_are_refused(text):
+    with pytest.raises(InputError, match="once each"):
+        flags_table.rewritten(text)
+
+
+def test_the_commands_stand_as_they_are_run():
+    fenced = "\n".join(re.findall(r"^```bash\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)).splitlines()
+    assert "pip install -e . && python -m experiments.warm_start" in fenced
+    assert "pip install -e '.[test]' && pytest" in fenced
+
+
+def test_every_flag_is_explained():
+    flags = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (PACKAGE / "entry.py").read_text())
+    assert "dry_run" in flags
+    assert [flag for flag in flags if f"`--{flag}" not in README] == []
+
+
+def test_named_fields_exist():
+    named = re.findall(r"--config\.(\w+)", "".join((ROOT / name).read_text() for name in DOCUMENTS))
+    assert named and [name for name in named if name not in {*FIELDS, "FIELD"}] == []
+
+
+def anchors(text: str) -> set[str]:
+    """The names that headings can be linked by."""
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_relative_link_leads_somewhere(name):
+    text = (ROOT / name).read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        assert not file or (ROOT / file).exists(), link
+        assert not anchor or anchor in anchors((ROOT / file).read_text() if file else text), link
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_number_is_left_open(name):
+    assert re.findall(r"@@\w+@@", (ROOT / name).read_text()) == []
+
+
+def imports(file: Path) -> set[str]:
+    """The project's modules that a file imports, wherever in it, as in README: `data`, `datasets/originals`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "plastic_jax":
+            parts = node.module.split(".")[1:]
+            found |= {"/".join(parts)} if (PACKAGE / ("/".join(parts) + ".py")).is_file() else {
+                "/".join([*parts, alias.name]) for alias in node.names
+            }  # fmt: skip
+        elif isinstance(node, ast.Import):
+            found |= {"/".join(a.name.split(".")[1:]) for a in node.names if a.name.startswith("plastic_jax.")}
+    return found
+
+
+def test_architecture_names_every_module_and_imports_run_one_way():
+    """Each module imports only modules that stand above it in README's table."""
+    table = README.partition("| module |")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `([\w/]+)\.py` \|", table, re.MULTILINE)
+    files = {f.relative_to(PACKAGE).with_suffix("").as_posix(): f for f in PACKAGE.rglob("*.py") if f.stem != "__init__"}
+    assert sorted(listed) == sorted(files)
+    for position, name in enumerate(listed):
+        assert imports(files[name]) - {*listed[:position]} == set(), name
+    assert imports(files["train"]) >= {"plan", "trial_axis"}  # or this test sees nothing
+
+
+def test_the_lock_file_holds_every_dependency_and_no_address():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    locked = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, [*project["dependencies"], *extras["test"], *extras["dev"]]):
+        name = canonicalize_name(requirement.name)
+        assert name == "plastic-jax" or requirement.specifier.contains(locked[name]), requirement
