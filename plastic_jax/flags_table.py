@@ -1,6 +1,8 @@
 """README's table of the config's fields, made from their declarations.
 
-    python -m plastic_jax.flags_table    # rewrites the table in README.md
+    python -m plastic_jax.flags_table
+
+rewrites it between its marks in README.md.
 """
 
 from pathlib import Path
