@@ -15,6 +15,6 @@ def compilation() -> None:
     """Turn JAX's persistent compilation cache on."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -77,7 +77,9 @@ class Checkpoints:
                     raise ValueError("checksum")
                 return arrays, json.loads(text)
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                say(f"checkpoint {self.directory / str(step)} is damaged ({type(error).__name__}); trying an older one.")
+                say(
+                    f"checkpoint {self.directory / str(step)} is damaged ({type(error).__name__}); trying an older one."
+                )
         if steps:
             raise InputError(
                 f"--workdir: all checkpoints in {self.directory} are damaged; move them away to train again from the "

@@ -45,6 +45,7 @@ def _field(
 class Config:
     """One point of a sweep. Defaults are the paper's common setting (arXiv 2106.00042)."""
 
+    # fmt: off
     dataset: str = _field("cifar10", "static", "data set: digits, fashion_mnist, cifar10, cifar100, svhn_cropped, or any prepared array_record TFDS name")
     train_examples: int = _field(0, "static", "size of the train set, drawn anew by each seed; 0 = all", low=0)
     validation_fraction: float = _field(0.0, "static", "share of the train set held back and evaluated beside the test set, for choosing settings", low=0.0, high=0.9)
@@ -79,6 +80,7 @@ class Config:
     trial_axis: str = _field("auto", "run", "how trials share a device: batched by vmap, one after another (map), or auto", choices=("auto", "vmap", "map"))
     convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended (fast inside loops on a CPU), or auto", choices=("auto", "plain", "mended"))
     trials_per_device: int = _field(0, "run", "trials side by side on one device; 0 = chosen from the model and the memory", low=0)
+    # fmt: on
 
 
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
@@ -98,12 +100,13 @@ def allowed(name: str) -> str:
         return "True or False"
     if spec.type is str:
         return "a name"
-    words = "a whole number" if spec.type is int else "a number"
+    whole = spec.type is int
+    words = "a whole number" if whole else "a number"
     if above is not None:
         words += f" above {above:g}"
     if low is not None:
         words += f" from {low:g}" if high is not None else f" of at least {low:g}"
-    return words + (f" to {high:g}" if high is not None else "")
+    return words + (f" to {high}" if whole and high is not None else f" to {high:g}" if high is not None else "")
 
 
 def _refuse(name: str, value: Any) -> InputError:
@@ -135,7 +138,8 @@ def check_value(name: str, value: Any) -> Any:
         raise _refuse(name, value)
     if (above is not None and value <= above) or (spec.type is int and value > 2**31 - 1):
         raise _refuse(name, value)
-    return spec.type(value)
+    kind: Any = spec.type
+    return kind(value)
 
 
 def check_name(name: str) -> None:
@@ -177,9 +181,7 @@ class Sweep:
             if len(set(given)) < len(given):
                 raise InputError(f"--config.{name}={given} names a value twice: each counts once.")
             if len(given) > 1 and spec.metadata["kind"] not in SWEPT_KINDS:
-                raise InputError(
-                    f"--config.{name}={given} is not allowed: {name} takes one value for the whole run."
-                )
+                raise InputError(f"--config.{name}={given} is not allowed: {name} takes one value for the whole run.")
             checked[name] = given
         return cls(checked)
 

@@ -161,9 +161,7 @@ class Core:
 
     def _order(self, trial: Tree, epoch: jax.Array) -> jax.Array:
         stage = trial["stage"]
-        return sampler.epoch_order(
-            stage["seed"], stage["stream"], epoch, trial["sample"]["permutation"], stage["size"]
-        )
+        return sampler.epoch_order(stage["seed"], stage["stream"], epoch, trial["sample"]["permutation"], stage["size"])
 
     def _step(self, state: Tree, sums: Tree, trial: Tree, local: jax.Array, data: Tree) -> tuple[Tree, Tree]:
         """One update on the examples `local` [B]; a non-finite loss freezes the trial instead (contract 6)."""
@@ -231,7 +229,8 @@ class Core:
             start = i * size
             those = jax.lax.dynamic_slice_in_dim(ids, start, size)
             truth = jax.lax.dynamic_slice_in_dim(labels, start, size)
-            logits = self.module.apply(variables, normalise(images[those], self.dtype), train=False)
+            inputs = normalise(images[those], self.dtype)
+            logits, _ = models.apply(self.module, variables, inputs, train=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
             counted = start + jnp.arange(size, dtype=jnp.int32) < count
             hits = (logits.argmax(-1) == truth) & counted

@@ -12,7 +12,7 @@ from plastic_jax.config import STATIC
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.plan import ProgramPlan
-from plastic_jax.trial import Study
+from plastic_jax.trial import TUNING_STREAM, Study
 from plastic_jax.trial_axis import choose
 
 GIB = 2**30
@@ -21,7 +21,9 @@ GIB = 2**30
 def device_memory(given_gib: float) -> tuple[int, str]:
     """Bytes of one device and where the figure comes from; a CPU's devices share the machine's memory."""
     if given_gib < 0:
-        raise InputError(f"--device_memory_gib={given_gib:g} is not allowed: a number above 0, or 0 for the device at hand.")
+        raise InputError(
+            f"--device_memory_gib={given_gib:g} is not allowed: a number above 0, or 0 for the device at hand."
+        )
     if given_gib:
         return int(given_gib * GIB), "as given"
     device = jax.local_devices()[0]
@@ -54,6 +56,7 @@ def describe(
         "device_memory": source,
         **total,
         "sharing_saves": 1 - total["steps"] / total["steps_unshared"],
+        "sharing_saves_pretraining": _pretraining_saved(programs),
         "programs": described,
         "arm_list": [{"arm": arm.arm, **arm.values, "fresh": arm.fresh} for arm in study.arms],
     }
@@ -63,20 +66,26 @@ def _program(
     study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str
 ) -> dict[str, Any]:
     point = program.point
-    cost = costs.costs(point, spec)
-    room = memory - cost.dataset_bytes
-    if cost.trial_bytes > room:
-        raise InputError(
-            f"--config.width={point.width}, --config.depth={point.depth}, --config.batch_size={point.batch_size}: one trial "
-            f"needs about {cost.trial_bytes / GIB:.2f} GiB beside {cost.dataset_bytes / GIB:.2f} GiB of data, and the device "
-            f"has {memory / GIB:.2f} GiB: take a smaller batch, width or depth."
-        )
     formulation = choose(
-        study.sweep, point, leaves=program.leaves, trial_bytes=cost.trial_bytes, memory=room, devices=devices, backend=backend
+        study.sweep,
+        point,
+        costs.costs(point, spec),
+        leaves=program.leaves,
+        memory=memory,
+        devices=devices,
+        backend=backend,
     )
     cost = costs.costs(point, spec, formulation.convolution)
-    steps, unshared = program.shared_steps, program.unshared_steps
     used = formulation.devices(devices)
+    needed = cost.device_bytes(formulation.slots // used, formulation.block)
+    if needed > memory:
+        raise InputError(
+            f"--config.width={point.width}, --config.depth={point.depth}, --config.batch_size={point.batch_size}: "
+            f"{formulation.slots // used} trials side by side need about {needed / GIB:.2f} GiB, "
+            f"{cost.dataset_bytes / GIB:.2f} GiB of it for the data, and the device has {memory / GIB:.2f} GiB: take a "
+            "smaller batch, width or depth."
+        )
+    steps, unshared = program.shared_steps, program.unshared_steps
     evaluated = _evaluated(study, program, spec)
     return {
         **{name: getattr(point, name) for name in STATIC},
@@ -93,9 +102,19 @@ def _program(
         "flops": steps * cost.step_flops + evaluated * cost.evaluation_flops,
         "flops_unshared": unshared * cost.step_flops + evaluated * cost.evaluation_flops * unshared / max(steps, 1),
         "bytes_per_trial": cost.trial_bytes,
-        "bytes_per_device": formulation.slots // used * cost.trial_bytes + cost.dataset_bytes,
+        "bytes_per_device": needed,
         "memory": "estimate",
     }
+
+
+def _pretraining_saved(programs: Sequence[ProgramPlan]) -> float:
+    """Share of the pretraining steps of separate trials that need not be trained."""
+    shared = sum(n.steps() for p in programs for n in p.nodes if n.stage.stream != TUNING_STREAM)
+    separate = sum(
+        sampler.stage_steps(s.size, s.epochs, t.point.batch_size)
+        for p in programs for t in p.trials for s in t.stages if s.stream != TUNING_STREAM
+    )  # fmt: skip
+    return 1 - shared / separate if separate else 0.0
 
 
 def _evaluated(study: Study, program: ProgramPlan, spec: DatasetSpec) -> int:
@@ -119,7 +138,19 @@ def table_of(described: Mapping[str, Any]) -> str:
     """The plan as text: one line a program, and the totals."""
     programs = described["programs"]
     varied = [n for n in STATIC if len({p[n] for p in programs}) > 1] or ["model"]
-    heads = [*varied, "trials", "slots", "batches", "axis", "parameters", "steps", "unshared", "FLOP", "MiB/trial", "GiB/device"]
+    heads = [
+        *varied,
+        "trials",
+        "slots",
+        "batches",
+        "axis",
+        "parameters",
+        "steps",
+        "unshared",
+        "FLOP",
+        "MiB/trial",
+        "GiB/device",
+    ]
     lines = [heads]
     for p in programs:
         form = p["formulation"]
@@ -144,7 +175,8 @@ def table_of(described: Mapping[str, Any]) -> str:
     text.append(
         f"\n{d['arms']} arms x {d['seeds']} seeds: {d['trials']} trials in {len(programs)} compiled "
         f"program{'s' * (len(programs) != 1)}, {_number(d['steps'])} trial-steps, {_number(d['flops'])}FLOP.\n"
-        f"Sharing pretraining saves {100 * d['sharing_saves']:.1f} % of the {_number(d['steps_unshared'])} steps of separate trials.\n"
+        f"Sharing pretraining saves {100 * d['sharing_saves']:.1f} % of the {_number(d['steps_unshared'])} steps of "
+        f"separate trials, {100 * d['sharing_saves_pretraining']:.1f} % of their pretraining.\n"
         f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
         f"({d['device_memory']})."
     )

@@ -1,5 +1,6 @@
 """The command line of an experiment: flags, one sentence for bad input, exit code 2."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -13,7 +14,6 @@ from absl import app, flags, logging
 from plastic_jax.config import FIELDS, Sweep, check_name
 from plastic_jax.errors import InputError
 from plastic_jax.experiment import Experiment
-
 
 OWN = ("preset", "config", "workdir", "data_dir", "dry_run", "overwrite", "wandb", "device_memory_gib")
 
@@ -88,10 +88,8 @@ def prepare_jax() -> None:
 
     from plastic_jax import caches
 
-    try:
+    with contextlib.suppress(RuntimeError):  # a backend is up already: its devices stay as they are
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    except RuntimeError:  # a backend is up already: its devices stay as they are
-        pass
     caches.compilation()
 
 
@@ -113,9 +111,7 @@ def main(experiment: Experiment) -> None:
         module = sys.modules["__main__"].__spec__
         name = f"-m {module.name}" if module else sys.argv[0]
         command = f"python {name} {shlex.join(sys.argv[1:])}".strip()
-        options = Options(
-            f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, command
-        )
+        options = Options(f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, command)
         try:
             logging.set_verbosity(logging.ERROR)
             prepare_jax()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -10,19 +10,17 @@ from plastic_jax import figures
 from plastic_jax.results import Setting
 
 Drawing = tuple[str, str, Any]  # name, caption, matplotlib figure
-Table = pd.DataFrame
+Table: TypeAlias = pd.DataFrame
 
 
 def warm_start_figures(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
     """The paper's figures 1 (accuracy curves) and 2, 8-10 (gap against the warm-start length)."""
     curves = figures.accuracy_curves(table, setting, f"Fresh against pretrained\n{subtitle}")
-    gaps = figures.gap_curve(
-        table, summary, setting, title=f"Generalisation gap against warm-start length\n{subtitle}"
-    )
+    gaps = figures.gap_curve(table, summary, setting, title=f"Generalisation gap against warm-start length\n{subtitle}")
     return [
-        ("accuracy_curves", "Test and train accuracy of the fresh arm and of the longest warm start (the paper's figure 1).", curves),
+        ("accuracy_curves", "Test and train accuracy, fresh and longest warm start (the paper's figure 1).", curves),
         ("gap", "Generalisation gap against the number of pretraining epochs (the paper's figures 2, 8-10).", gaps),
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)

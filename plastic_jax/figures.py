@@ -64,9 +64,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def save_figure(
-    canvas: "Canvas", workdir: str | os.PathLike[str], name: str, caption: str
-) -> Figure:
+def save_figure(canvas: "Canvas", workdir: str | os.PathLike[str], name: str, caption: str) -> Figure:
     """Draw a matplotlib figure into WORKDIR/figures/NAME.png; equal figures give equal bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -85,9 +83,7 @@ def value_text(value: Any) -> str:
 
 def combination(arm: dict[str, Any], fields: Sequence[str]) -> str:
     """An arm's values of some swept fields, in words; fields without effect on it are left out."""
-    return ", ".join(
-        f"{field}={value_text(arm[field])}" for field in fields if arm[field] is not None
-    )
+    return ", ".join(f"{field}={value_text(arm[field])}" for field in fields if arm[field] is not None)
 
 
 def longest(setting: Setting) -> list[dict[str, Any]]:
@@ -111,9 +107,7 @@ def _arm_label(arm: dict[str, Any], setting: Setting) -> str:
     return f"pretrained for {value_text(arm[WARM_START])} epochs"
 
 
-def accuracy_curves(
-    table: pd.DataFrame, setting: Setting, title: str, arm: str | None = None
-) -> "Canvas":
+def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str | None = None) -> "Canvas":
     """The paper's figure 1: accuracy over both stages, and the metric of each seed.
 
     Left: mean over seeds of test accuracy (solid, with a 95 % t interval) and train accuracy
@@ -268,9 +262,7 @@ def gap_curve(
     for row in compared:
         lines.setdefault(tuple(row[field] for field in others), []).append(row)
     depth = 1 if line in others else len(others)  # of the key that sets the colour
-    colours = dict(
-        zip(dict.fromkeys(key[:depth] for key in lines), itertools.cycle(COLOURS), strict=False)
-    )
+    colours = dict(zip(dict.fromkeys(key[:depth] for key in lines), itertools.cycle(COLOURS), strict=False))
     values = [row[x] for row in compared]
     place, logarithmic = _places(values)
     joined = "-" if all(map(_is_number, values)) else ""  # nothing to join between names

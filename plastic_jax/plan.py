@@ -146,9 +146,7 @@ def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
     def continue_fresh(node: Node, ending: Sequence[Trial]) -> None:
         for fresh in ending:
             served = [
-                t
-                for t in trials
-                if t.seed == fresh.seed and reference[t.arm] == fresh.arm and t.arm != fresh.arm
+                t for t in trials if t.seed == fresh.seed and reference[t.arm] == fresh.arm and t.arm != fresh.arm
             ]
             if not (study.sweep.equal_updates and served):
                 continue

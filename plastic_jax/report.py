@@ -121,9 +121,7 @@ def _columns(summary: Sequence[dict[str, Any]], setting: Setting, *, full: bool)
     columns = {field: [value_text(row[field]) for row in summary] for field in setting.swept}
     if full:
         columns["trials"] = [str(row["trials"]) for row in summary]
-    columns["pairs"] = [
-        str(row["pairs"]) if here else "-" for row, here in zip(summary, compared, strict=True)
-    ]
+    columns["pairs"] = [str(row["pairs"]) if here else "-" for row, here in zip(summary, compared, strict=True)]
     if any(row["diverged"] for row in summary):
         columns["diverged"] = [str(row["diverged"]) for row in summary]
     columns["test %"] = cells("test_accuracy")
@@ -135,14 +133,12 @@ def _columns(summary: Sequence[dict[str, Any]], setting: Setting, *, full: bool)
     columns["gap [95 %]"] = estimates("gap")
     if full and any(row["gap_bootstrap_ci95"] for row in summary):
         columns["bootstrap [95 %]"] = [
-            _estimate(row["gap"], row["gap_bootstrap_ci95"]).partition(" ")[2] or "-"
-            for row in summary
+            _estimate(row["gap"], row["gap_bootstrap_ci95"]).partition(" ")[2] or "-" for row in summary
         ]
     if any(row["gap_equal_updates"] is not None for row in summary):
         columns["at equal updates [95 %]"] = estimates("gap_equal_updates")
     columns["verdict"] = [
-        (row["verdict"] or "-") if here else "fresh"
-        for row, here in zip(summary, compared, strict=True)
+        (row["verdict"] or "-") if here else "fresh" for row, here in zip(summary, compared, strict=True)
     ]
     return columns
 
@@ -281,14 +277,10 @@ def page(
 
     columns = _columns(summary, setting, full=True)
     # the result first: a phone shows the left of a wide table
-    names = sorted(
-        columns, key=lambda n: not (n in setting.swept or n.endswith("]") or n == "verdict")
-    )
+    names = sorted(columns, key=lambda n: not (n in setting.swept or n.endswith("]") or n == "verdict"))
     rows = zip(*(columns[name] for name in names), strict=True)
     text = {n for n in names if any(isinstance(row.get(n), str) for row in summary)} | {"verdict"}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     content = environment.from_string(_PAGE).render(
         title=title,
         headlines=headlines(summary, setting),
@@ -299,10 +291,7 @@ def page(
         least=results.LEAST_PAIRS_T,
         bootstrap="bootstrap [95 %]" in columns,
         controlled="at equal updates [95 %]" in columns,
-        figures=[
-            {"caption": f.caption, "data": base64.b64encode(f.path.read_bytes()).decode()}
-            for f in figures
-        ],
+        figures=[{"caption": f.caption, "data": base64.b64encode(f.path.read_bytes()).decode()} for f in figures],
         columns=names,
         left=text,
         rows=[dict(zip(names, cells, strict=True)) for cells in rows],
@@ -323,7 +312,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = (
-                value if isinstance(value, str) else json.dumps(value, default=str)
-            )
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat

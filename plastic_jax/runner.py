@@ -1,5 +1,6 @@
 """A run from config to report: what an entry point does, and `plastic_jax.run`."""
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -115,6 +116,7 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
         if options.overwrite:
             workdir.clear(path)
         going_on = workdir.same_config(path, sweep.as_dict(), of.name)
+        described: dict[str, Any] = {}
         if going_on and not options.dry_run:
             formulations = _recorded(path, len(programs))
         else:
@@ -157,8 +159,7 @@ def _config_file(of: experiment.Experiment, study: trial.Study, options: Options
         "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform})",
         "date": datetime.date.today().isoformat(),
         "trials": [
-            {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)}
-            for t in study.trials
+            {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)} for t in study.trials
         ],
     }
 
@@ -200,9 +201,7 @@ class Training:
 
     def _tracker(self) -> tracking.Tracker:
         trials = [tracking.Trial(**t) for t in self.config["trials"]]
-        return tracking.Tracker(
-            self.options.wandb, self.path, "plastic_jax", self.of.name, trials, self.say
-        )
+        return tracking.Tracker(self.options.wandb, self.path, "plastic_jax", self.of.name, trials, self.say)
 
     def _catch(self) -> None:
         def asked(number: int, _: Any) -> None:
@@ -217,7 +216,10 @@ class Training:
         from tqdm import tqdm
 
         found = checkpoints.restore(self.say)
-        arrays, host = found or ({}, {"done": [], "program": None})
+        arrays: Any = {}
+        host: dict[str, Any] = {"done": [], "program": None}
+        if found:
+            arrays, host = found
         for program, (records, reaches) in zip(self.programs, host["done"], strict=False):
             self.done.append({int(k): v for k, v in records})
             program.set_reaches(reaches)
@@ -258,7 +260,9 @@ class Training:
         saved = time.monotonic()
         while live.step():
             released = live.released()
-            tracker.log(list(rows.rows(self.study, live.plan, live.records, released)) if tracker.mode == "online" else [])
+            tracker.log(
+                list(rows.rows(self.study, live.plan, live.records, released)) if tracker.mode == "online" else []
+            )
             bar.update(min(passed + live.steps_done, bar.total) - bar.n)
             due = time.monotonic() - saved > 60 * self.study.sweep.checkpoint_minutes
             if due or self.stop is not None:
@@ -288,7 +292,9 @@ class Training:
             for row in rows.rows(self.study, program, records):
                 for name, column in found.items():
                     column.append(row.get(name))
-        table = pd.DataFrame({n: pd.Series(c, dtype=object if n in self.study.swept else None) for n, c in found.items()})
+        table = pd.DataFrame(
+            {n: pd.Series(c, dtype=object if n in self.study.swept else None) for n, c in found.items()}
+        )
         results.write(table, self.path / "results.parquet", self.study.swept)
         return table
 
@@ -342,7 +348,5 @@ class Training:
 
 
 def _set_signal(number: int, handler: Any) -> None:
-    try:
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's then
         signal.signal(number, handler)
-    except ValueError:  # not in the main thread: signals are the caller's then
-        pass

@@ -7,7 +7,7 @@ slot and the others wait with a copy of its state. Which node runs where and bes
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -83,7 +83,7 @@ class ProgramRun:
         program: ProgramPlan,
         dataset: Dataset,
         formulation: Formulation,
-        devices: list[jax.Device],
+        devices: Sequence[Any],
         eval_every: int,
         keep: str = "none",
         stored: Tree | None = None,
@@ -103,7 +103,9 @@ class ProgramRun:
         self._sample_host = self._blank_sample()
         self._sample: Tree = None
         self._stage: Tree = None
-        one = jax.eval_shape(lambda: dict(self.core.init(jnp.uint32(0)), order=jnp.asarray(self._sample_host["permutation"][0])))
+        one = jax.eval_shape(
+            lambda: dict(self.core.init(jnp.uint32(0)), order=jnp.asarray(self._sample_host["permutation"][0]))
+        )
         self.structure = jax.tree.structure(one)
         self.leaves = jax.tree.leaves(one)
         # From here on: all that a checkpoint holds.
@@ -165,11 +167,15 @@ class ProgramRun:
         if loads:
             stack = [np.zeros((len(self.slots), *leaf.shape), leaf.dtype) for leaf in self.leaves]
             for i in loads:
-                for whole, leaf in zip(stack, self.store[self.slots[i].source], strict=True):
+                source = self.slots[i].source
+                assert source is not None
+                for whole, leaf in zip(stack, self.store[source], strict=True):
                     whole[i] = leaf
             mask = np.isin(np.arange(len(self.slots)), loads)
             loaded = {"loaded": jax.tree.unflatten(self.structure, stack), "mask": mask}
-            self._state = self._compiled.place({"state": self._state}, trial_axis.sharded(loaded, self.mesh), {})["state"]
+            self._state = self._compiled.place({"state": self._state}, trial_axis.sharded(loaded, self.mesh), {})[
+                "state"
+            ]
             self._host = None
         for i in dealt:
             node = self._node(i)
@@ -383,7 +389,9 @@ class ProgramRun:
         arrays: dict[str, Any] = {"state": _numbered([leaf.copy() for leaf in self._host_state()])}
         names = sorted(self.store)
         if names:
-            arrays["store"] = _numbered([np.stack(leaves) for leaves in zip(*(self.store[n] for n in names), strict=True)])
+            arrays["store"] = _numbered(
+                [np.stack(leaves) for leaves in zip(*(self.store[n] for n in names), strict=True)]
+            )
         host = {
             "slots": [vars(slot) for slot in self.slots],
             "ready": self.ready,
@@ -424,7 +432,9 @@ class ProgramRun:
             return
         one = jax.tree.unflatten(self.structure, list(range(len(self.leaves))))
         places = jax.tree.leaves({name: one[name] for name in ("params", "batch_stats")})
-        ocp.save(folder / "models", _numbered([np.stack([self.store[n][p] for n in names]) for p in places]), overwrite=True)
+        ocp.save(
+            folder / "models", _numbered([np.stack([self.store[n][p] for n in names]) for p in places]), overwrite=True
+        )
         # A stage that ended by accuracy ended for all of its trials.
         index = [
             [(t, self.nodes[n].stage.name) for t in (self.nodes[n].trials if self.ended[n] else self.nodes[n].ends)]

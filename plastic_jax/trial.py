@@ -111,9 +111,7 @@ def _check(point: Config, spec: DatasetSpec) -> None:
         left = f"{pool - held} are left beside the validation set" if held else f"{spec.name} has {pool}"
         raise InputError(f"--config.train_examples={point.train_examples} is not allowed: {left}.")
     if size < 1:
-        raise InputError(
-            f"--config.validation_fraction={point.validation_fraction} leaves no train example of {pool}."
-        )
+        raise InputError(f"--config.validation_fraction={point.validation_fraction} leaves no train example of {pool}.")
     for stage in stages(point, size):
         if point.batch_size > stage.size:
             raise InputError(
@@ -142,7 +140,8 @@ def _check_run(sweep: Sweep) -> None:
         )
     if sweep.first_seed + sweep.seeds > 2**31 - 1:
         raise InputError(
-            f"--config.seeds={sweep.seeds} is not allowed: seeds end at {2**31 - 2}, and the first is {sweep.first_seed}."
+            f"--config.seeds={sweep.seeds} is not allowed: seeds end at {2**31 - 2}, and the first is "
+            f"{sweep.first_seed}."
         )
 
 
@@ -171,8 +170,7 @@ def study(sweep: Sweep, specs: Mapping[str, DatasetSpec], fresh: Mapping[str, An
     varied = {
         name
         for name, spec in FIELDS.items()
-        if spec.metadata["kind"] in SWEPT_KINDS
-        and (name in fresh or len(sweep.values[name]) > 1)
+        if spec.metadata["kind"] in SWEPT_KINDS and (name in fresh or len(sweep.values[name]) > 1)
     }
     swept = tuple(name for name in FIELDS if name in varied)
 
@@ -186,9 +184,7 @@ def study(sweep: Sweep, specs: Mapping[str, DatasetSpec], fresh: Mapping[str, An
         arms.append(Arm(names[key], {n: value[n] for n in swept}, reference, point))
     for arm in arms:
         spec = specs[arm.point.dataset]
-        size = sampler.train_size(
-            spec.train_examples, arm.point.train_examples, arm.point.validation_fraction
-        )
+        size = sampler.train_size(spec.train_examples, arm.point.train_examples, arm.point.validation_fraction)
         for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):
             trials.append(Trial(len(trials), arm.arm, seed, arm.point, stages(arm.point, size)))
     return Study(sweep, swept, tuple(arms), tuple(trials))

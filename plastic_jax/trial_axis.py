@@ -6,7 +6,7 @@ do not depend on how many others there are (wider batches give other rounding, m
 not know which was taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plastic_jax.config import Config, Sweep
+from plastic_jax.costs import Costs
 
 Tree = Any
 BLOCK = 8  # trials of a vmapped block
@@ -32,19 +33,23 @@ class Formulation:
     convolution: str  # plain | mended
     slots: int
 
+    @property
+    def block(self) -> int:
+        """Trials that a device computes at a time."""
+        return BLOCK if self.trial_axis == "vmap" else 1
+
     def devices(self, available: int) -> int:
         """The most of the available devices that the slots can be shared out to in whole blocks."""
-        block = BLOCK if self.trial_axis == "vmap" else 1
-        return max(n for n in range(1, available + 1) if self.slots % (n * block) == 0)
+        return max(n for n in range(1, available + 1) if self.slots % (n * self.block) == 0)
 
 
 def choose(
-    sweep: Sweep, point: Config, *, leaves: int, trial_bytes: int, memory: int, devices: int, backend: str
+    sweep: Sweep, point: Config, cost: Costs, *, leaves: int, memory: int, devices: int, backend: str
 ) -> Formulation:
     """The formulation for a program of `leaves` parallel trials on `devices` with `memory` bytes each.
 
     On a CPU one trial after another with the mended convolution; elsewhere MLPs are batched and convolutional nets
-    run one after another with the backend's own convolution (not yet measured there).
+    run one after another with the backend's own convolution (not measured there).
     """
     cpu = backend == "cpu"
     axis = sweep.trial_axis
@@ -54,13 +59,12 @@ def choose(
     if convolution == "auto":
         convolution = "mended" if cpu else "plain"
     block = BLOCK if axis == "vmap" else 1
-    wanted = sweep.trials_per_device or (16 if axis == "map" and point.model == "mlp" else 4 if axis == "map" else 64)
-    # Half of the memory: copies at stage starts and the compiler's own buffers want room beside the estimate.
-    room = max(1, int(memory / 2 // max(trial_bytes, 1)))
-    needed = -(-leaves // devices)
-    per_device = max(1, min(wanted, room, needed))
-    per_device = -(-per_device // block) * block
-    return Formulation(axis, convolution, per_device * min(devices, leaves))
+    # Mapped trials gain nothing from company but fewer looks of the host; short chunks want more of them.
+    usual = 64 if axis == "vmap" else 16 if point.model == "mlp" else 4
+    blocks = -(-min(sweep.trials_per_device or usual, -(-leaves // devices)) // block)
+    while blocks > 1 and cost.device_bytes(blocks * block, block) > memory:
+        blocks -= 1
+    return Formulation(axis, convolution, blocks * block * min(devices, leaves))
 
 
 def over_trials(function: Callable[..., Any], axis: str, over: Mesh, donate: tuple[int, ...] = ()) -> Callable:
@@ -112,7 +116,7 @@ def over_trials(function: Callable[..., Any], axis: str, over: Mesh, donate: tup
     return run
 
 
-def mesh(devices: list[jax.Device]) -> Mesh:
+def mesh(devices: Sequence[Any]) -> Mesh:
     """A one-dimensional mesh whose axis is the trial axis."""
     return jax.make_mesh((len(devices),), ("trials",), devices=devices)
 

@@ -24,10 +24,11 @@ def opened(path: Path) -> Iterator[Path]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "a")
+        lock = open(path / ".lock", "a")  # noqa: SIM115
     except OSError as error:
         raise InputError(
-            f"--workdir={path} cannot be written ({error.strerror or error}): name a folder that can be made or written."
+            f"--workdir={path} cannot be written ({error.strerror or error}): name a folder that can be made or "
+            "written."
         ) from None
     with lock:
         try:
@@ -54,7 +55,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or unreadable ({type(error).__name__}): pass --overwrite to start anew.") from None
+        raise InputError(
+            f"{path} is damaged or unreadable ({type(error).__name__}): pass --overwrite to start anew."
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

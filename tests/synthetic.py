@@ -53,9 +53,7 @@ def two_arms(metric_epochs: int = 2, *, equal_updates: bool = False) -> Setting:
     return Setting(("warm_start_epochs",), arms, fresh, metric_epochs, equal_updates)
 
 
-def pair_table(
-    fresh: list[float], warm: list[float], *, fit: tuple[float, float] = (1.0, 1.0)
-) -> pd.DataFrame:
+def pair_table(fresh: list[float], warm: list[float], *, fit: tuple[float, float] = (1.0, 1.0)) -> pd.DataFrame:
     """`two_arms`, a trial a seed and arm, whose metrics are `fresh` and `warm`."""
     setting = two_arms()
     made = []

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from plastic_jax import plan, sampler, train
+from plastic_jax import plan, sampler
 from plastic_jax.trial_axis import Formulation
 
 
@@ -225,9 +225,7 @@ def test_a_diverging_neighbour_changes_nothing(axis):
 
 def test_a_stage_ends_at_the_trials_own_first_epoch_of_that_accuracy():
     full = tiny.trained(tiny.study(warm_start_epochs=(0,), tuning_epochs=30, equal_updates=False, seeds=4))
-    study = tiny.study(
-        warm_start_epochs=(0,), tuning_epochs=30, stage_accuracy=0.6, equal_updates=False, seeds=4
-    )
+    study = tiny.study(warm_start_epochs=(0,), tuning_epochs=30, stage_accuracy=0.6, equal_updates=False, seeds=4)
     found = tiny.trained(study, slots=4)
     ends = set()
     for seed, rows in full.groupby("seed"):
@@ -341,5 +339,3 @@ def test_snapshot_arrays_are_the_runs_own(reference):
     while run.step():
         pass
     assert all((a == b).all() for a, b in zip(copies, arrays["state"].values(), strict=True))
-
-

@@ -29,9 +29,7 @@ def environment(tmp_path_factory):
 
 def start(arguments, environment, **more):
     command = [sys.executable, "-m", "experiments.warm_start", *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 def call(arguments, environment):
@@ -254,7 +252,7 @@ def test_a_missing_or_damaged_data_file_is_one_sentence(environment, tmp_path):
 
 def test_a_diverging_rate_marks_rows_and_hurts_no_other(environment, tmp_path):
     arguments = [*SMALL, "--config.learning_rate=(0.001, 1e30)", "--config.optimizer=sgd", f"--workdir={tmp_path}"]
-    code, out, err = call(arguments, environment)
+    code, _, err = call(arguments, environment)
     assert code == 0, err
     table = read(tmp_path / "results.parquet")
     assert table[table.learning_rate == 1e30].groupby("trial").diverged.any().all()

@@ -22,9 +22,7 @@ LENGTHS = (0, 1, 10, 40)
 @pytest.fixture(scope="module")
 def sweep():
     """Three optimisers, four lengths, five seeds: table, summary, setting."""
-    table, setting = learning_curves(
-        LENGTHS, ("adam", "rmsprop", "sgd"), 5, tuning_epochs=30, metric_epochs=10
-    )
+    table, setting = learning_curves(LENGTHS, ("adam", "rmsprop", "sgd"), 5, tuning_epochs=30, metric_epochs=10)
     return table, results.summary(table, setting), setting
 
 
@@ -330,9 +328,7 @@ def test_headlines_take_the_longest_warm_start_and_count_when_there_are_many(swe
     arms = tuple({"arm": f"gamma={g}", "gamma": g} for g in range(6))
     summary = [
         arm | {"verdict": verdict, "gap": gap}
-        for arm, verdict, gap in zip(
-            arms, (None, *verdicts), (None, -0.02, -0.01, 0.01, 0.0, None), strict=True
-        )
+        for arm, verdict, gap in zip(arms, (None, *verdicts), (None, -0.02, -0.01, 0.01, 0.0, None), strict=True)
     ]
     setting = Setting(("gamma",), arms, {arm["arm"]: "gamma=0" for arm in arms}, 1, False)
     assert report.headlines(summary, setting) == [
@@ -359,9 +355,7 @@ class Reader(html.parser.HTMLParser):
             self.open.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
-        self.references += [
-            v for k, v in attrs if k in ("href", "src") and not v.startswith("data:")
-        ]
+        self.references += [v for k, v in attrs if k in ("href", "src") and not v.startswith("data:")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -380,9 +374,7 @@ def read_page(page: str) -> Reader:
 
 def test_page_stands_alone_and_holds_everything(sweep, tmp_path):
     table, summary, setting = sweep
-    made = report.save_figure(
-        report.gap_curve(table, summary, setting), tmp_path, "gap", 'The "gap" & its <interval>'
-    )
+    made = report.save_figure(report.gap_curve(table, summary, setting), tmp_path, "gap", 'The "gap" & its <interval>')
     page = make_page(tmp_path, summary, setting, figures=[made], notes=["A note."])
     reader = read_page(page)
     text = " ".join("".join(reader.text).split())

@@ -155,9 +155,7 @@ def test_read_says_in_one_sentence_what_is_wrong(tmp_path):
 def test_metric_is_the_mean_over_the_last_epochs_of_tuning():
     arm = two_arms().arms[1]
     made = rows(5, arm, 2, "pretraining", [4], [0.9], size=HALF)
-    made += rows(
-        5, arm, 2, "tuning", [3, 6, 9, 10], [0.1, 0.2, 0.4, 0.7], start=4 * HALF, fit=0.995
-    )
+    made += rows(5, arm, 2, "tuning", [3, 6, 9, 10], [0.1, 0.2, 0.4, 0.7], start=4 * HALF, fit=0.995)
     made += rows(5, arm, 2, "tuning_continued", [13], [0.99], start=4 * HALF)
     table = pd.DataFrame(made)
     for metric_epochs, expected in ((1, 0.7), (4, 0.55), (5, (0.2 + 0.4 + 0.7) / 3), (99, 0.35)):
@@ -292,9 +290,7 @@ def test_a_diverged_half_leaves_the_gap_and_too_many_take_the_verdict(arm):
     assert row["verdict"] == "worse"  # a tenth is allowed
     row = only(diverge(table, arm, range(2)), two_arms())
     assert row["verdict"] is None and row["gap_ci95"] is not None and row["pairs"] == 8
-    assert row["test_accuracy"] == pytest.approx(
-        warm[2:].mean() if arm == "warm" else warm.mean(), abs=1e-14
-    )
+    assert row["test_accuracy"] == pytest.approx(warm[2:].mean() if arm == "warm" else warm.mean(), abs=1e-14)
 
 
 def test_a_table_of_another_config_is_refused():

@@ -48,7 +48,9 @@ def programs(of: trial.Study, formulation: Formulation, devices: int = 1, **more
 
 
 def table(of: trial.Study, runs: Sequence[train.ProgramRun]) -> pd.DataFrame:
-    found = pd.DataFrame([row for run in runs for row in rows.rows(of, run.plan, run.records)], columns=rows.columns(of))
+    found = pd.DataFrame(
+        [row for run in runs for row in rows.rows(of, run.plan, run.records)], columns=rows.columns(of)
+    )
     return found.sort_values(["trial", "stage", "step"], ignore_index=True)
 
 

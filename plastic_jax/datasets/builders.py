@@ -24,7 +24,7 @@ from plastic_jax.datasets import originals
 from plastic_jax.errors import InputError
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore
     """Reads `download_config.manual_dir` where that holds the original files, else downloads them.
 
     Not registered in TFDS, which has data sets of the same names; the names are equal so that a
