@@ -340,7 +340,7 @@ class Training:
         size = one["train_examples"] or spec.train_examples
         noise = f", label noise {one['label_noise']}" if any(values["label_noise"]) else ""
         net = f"{one['model']} of depth {one['depth']}, width {one['width']}"
-        return f"{one['dataset']}, {size} train examples{noise}; {net}; {self.study.sweep.seeds} seeds"
+        return f"{one['dataset']}, {size} train examples{noise}; {net}"
 
     def _notes(self) -> list[str]:
         device = self.config["device"]
