@@ -1,8 +1,6 @@
 """The command line of an experiment: flags, one sentence for bad input, exit code 2."""
 
-import contextlib
 import difflib
-import os
 import re
 import shlex
 import sys
@@ -82,17 +80,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _refuse(f"the flags cannot be read: {error}")
 
 
-def prepare_jax() -> None:
-    """One CPU device for each core, and compiled programs kept for later runs."""
-    import jax
-
-    from plastic_jax import caches
-
-    with contextlib.suppress(RuntimeError):  # a backend is up already: its devices stay as they are
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    caches.compilation()
-
-
 def main(experiment: Experiment) -> None:
     """Run an experiment from the command line."""
     try:
@@ -114,7 +101,6 @@ def main(experiment: Experiment) -> None:
         options = Options(f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, command)
         try:
             logging.set_verbosity(logging.ERROR)
-            prepare_jax()
             _run(experiment, sweep, options, lambda text: print(text, flush=True))
         except InputError as error:
             _refuse(error)

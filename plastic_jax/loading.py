@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from plastic_jax import core, data, results, workdir
+from plastic_jax import core, results, workdir
 from plastic_jax.config import Config
 from plastic_jax.errors import InputError
 
@@ -81,8 +81,8 @@ class Run:
         stacks = ocp.load(Path(folder) / "models")
         own = next(t["config"] for t in self.config["trials"] if t["trial"] == trial)
         point = Config(**{name: value for name, value in own.items() if value is not None})
-        spec = data.spec(point.dataset)
-        built = core.Core(point, spec.shape, spec.classes, "plain")
+        spec = self.config["datasets"][point.dataset]
+        built = core.Core(point, tuple(spec["shape"]), spec["classes"], "plain")
         shapes = jax.eval_shape(built.init, jnp.uint32(0))
         wanted = {name: shapes[name] for name in ("params", "batch_stats")}
         leaves = [jnp.asarray(stacks[name][k]) for name in sorted(stacks)]

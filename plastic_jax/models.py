@@ -20,13 +20,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from plastic_jax.config import COMPUTE_DTYPES, INITIALISATIONS, MODELS, NORMS
 from plastic_jax.convolution import FORMULATIONS, conv
 from plastic_jax.errors import InputError
-
-MODELS = ("mlp", "resnet")
-NORMS = ("batch", "layer", "none")
-INITIALISATIONS = ("pytorch", "he", "lecun")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 
 Variables = dict[str, Any]
 """`{'params': ..., 'batch_stats': ...}`, nested plain dicts of arrays."""

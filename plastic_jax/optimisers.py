@@ -15,10 +15,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from plastic_jax.config import OPTIMIZERS, SCHEDULES
 from plastic_jax.errors import InputError
-
-OPTIMIZERS = ("adam", "rmsprop", "sgd", "momentum")
-SCHEDULES = ("constant", "cosine", "linear")
 
 Params = Any
 """A pytree of floating-point arrays."""

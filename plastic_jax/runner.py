@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import pandas as pd
 
-from plastic_jax import data, experiment, figures, plan, report, results, rows, tracking, train, trial, workdir
+from plastic_jax import backend, data, experiment, figures, plan, report, results, rows, tracking, train, trial, workdir
 from plastic_jax.checkpoint import Checkpoints
 from plastic_jax.config import Sweep, canonical
 from plastic_jax.dry_run import describe, table_of
@@ -104,6 +104,7 @@ def run(
 
 
 def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callable[[str], None]) -> Run | None:
+    backend.prepare()
     specs = {name: data.spec(name, options.data_dir) for name in sweep.values["dataset"]}
     study = trial.study(sweep, specs, of.fresh)
     programs = plan.programs(study)
@@ -131,7 +132,7 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
         sets = {name: data.load(name, options.data_dir) for name in specs}
         if not going_on:
             workdir.write_json(path / "plan.json", described)
-            workdir.write_json(path / "config.json", _config_file(of, study, options))
+            workdir.write_json(path / "config.json", _config_file(of, study, specs, options))
         training = Training(of, study, programs, formulations, sets, path, options, say)
         training.run()
         return load(path)
@@ -148,15 +149,17 @@ def _recorded(path: Path, count: int) -> list[Formulation]:
     return found
 
 
-def _config_file(of: experiment.Experiment, study: trial.Study, options: Options) -> dict[str, Any]:
-    device = jax.local_devices()[0]
+def _config_file(
+    of: experiment.Experiment, study: trial.Study, specs: dict[str, data.DatasetSpec], options: Options
+) -> dict[str, Any]:
     return {
         "experiment": of.name,
         "config": study.sweep.as_dict(),
         "command": options.command or shlex.join(sys.argv),
         "versions": versions(),
         "commit": commit(),
-        "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform})",
+        "device": backend.device(),
+        "datasets": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
         "date": datetime.date.today().isoformat(),
         "trials": [
             {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)} for t in study.trials
