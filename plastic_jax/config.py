@@ -65,6 +65,8 @@ class Config:
     batch_size: int = _field(128, "static", "examples a step", low=1)
     pretraining_fraction: float = _field(0.5, "dynamic", "share of the train set that the pretraining stage sees", above=0.0, high=1.0)
     warm_start_epochs: int = _field(350, "dynamic", "pretraining epochs: passes over the pretraining subset; 0 = fresh", low=0)
+    transition: str = _field("abrupt", "dynamic", "from the pretraining subset to the whole train set: abrupt (two stages), or smooth (one stage that mixes them, the paper's figure 3)", choices=("abrupt", "smooth"))
+    gamma: float = _field(0.5, "dynamic", "smooth transition: at step n of N an example comes from the whole train set with probability 1 - gamma^(50 n / N), else from the subset; 0 = always from the whole", low=0.0, high=1.0)
     tuning_epochs: int = _field(500, "dynamic", "tuning epochs: passes over the whole train set", low=1)
     metric_epochs: int = _field(100, "run", "last epochs of the tuning stage over which the metric, test accuracy, is averaged", low=1)
     eval_every: int = _field(1, "run", "epochs between evaluations; a stage's end is always evaluated", low=1)
@@ -206,8 +208,15 @@ class Sweep:
 def canonical(point: Config) -> dict[str, Any]:
     """The point's swept-kind fields, null where a field has no effect: equal ones are one trial (contract 10)."""
     values = {n: getattr(point, n) for n, f in FIELDS.items() if f.metadata["kind"] in SWEPT_KINDS}
-    if not point.warm_start_epochs:
-        values.update(pretraining_fraction=None, batch_stats=None, reset_optimizer=None)
+    smooth = point.transition == "smooth"
+    if smooth:
+        values["warm_start_epochs"] = None
+    else:
+        values["gamma"] = None
+    if smooth or not point.warm_start_epochs:
+        values.update(batch_stats=None, reset_optimizer=None)
+    if (smooth and not point.gamma) or not (smooth or point.warm_start_epochs):
+        values["pretraining_fraction"] = None
     if point.norm != "batch":
         values["batch_stats"] = None
     if not point.stage_accuracy:

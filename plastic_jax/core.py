@@ -38,8 +38,9 @@ def normalise(images: jax.Array, dtype: Any) -> jax.Array:
 class Core:
     """A program's pure functions for one trial; static values come from `point` and `shape` [H, W, C]."""
 
-    def __init__(self, point: Config, shape: tuple[int, int, int], classes: int, convolution: str):
-        self.point, self.shape = point, shape
+    def __init__(self, point: Config, shape: tuple[int, int, int], classes: int, convolution: str, mixes: bool = False):
+        """`mixes`: compile for smooth transitions too, beside ordinary stages."""
+        self.point, self.shape, self.mixes = point, shape, mixes
         self.module = models.build(
             point.model,
             width=point.width,
@@ -118,6 +119,8 @@ class Core:
             def step(inner: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
                 moving, sums = inner
                 local = sampler.batch(order, following, now, moving["step"], size, self.point.batch_size)
+                if self.mixes:
+                    local = jnp.where(stage["gamma"] >= 0, self._mixture(trial, moving["step"]), local)
                 return self._step(moving, sums, trial, local, data)
 
             moving = {k: v for k, v in state.items() if k not in ("order", "epoch", "done")}
@@ -162,6 +165,19 @@ class Core:
     def _order(self, trial: Tree, epoch: jax.Array) -> jax.Array:
         stage = trial["stage"]
         return sampler.epoch_order(stage["seed"], stage["stream"], epoch, trial["sample"]["permutation"], stage["size"])
+
+    def _mixture(self, trial: Tree, step: jax.Array) -> jax.Array:
+        stage = trial["stage"]
+        probability = sampler.transition_probability(stage["gamma"], step, stage["steps"])
+        return sampler.mixture(
+            stage["seed"],
+            stage["stream"],
+            step,
+            trial["sample"]["permutation"],
+            stage["prefix"],
+            probability,
+            self.point.batch_size,
+        )
 
     def _step(self, state: Tree, sums: Tree, trial: Tree, local: jax.Array, data: Tree) -> tuple[Tree, Tree]:
         """One update on the examples `local` [B]; a non-finite loss freezes the trial instead (contract 6)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from plastic_jax import sampler
 from plastic_jax.config import Config
-from plastic_jax.trial import CONTINUED, Stage, Study, Trial
+from plastic_jax.trial import CONTINUED, NO_MIXTURE, Stage, Study, Trial
 
 
 @dataclass
@@ -58,6 +58,11 @@ class ProgramPlan:
     point: Config
     trials: tuple[Trial, ...]
     nodes: tuple[Node, ...]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a stage of the program is a smooth transition, which then all of it is compiled for."""
+        return any(node.stage.gamma != NO_MIXTURE for node in self.nodes)
 
     @property
     def leaves(self) -> int:
@@ -125,8 +130,9 @@ def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
         same: dict[tuple, list[Trial]] = {}
         for trial in group:
             stage = trial.stages[depth]
-            # How long a stage is changes its start only through its schedule.
-            length = 0 if trial.point.schedule == "constant" else stage.epochs
+            # How long a stage is changes its start only through its schedule or its transition.
+            fixed = trial.point.schedule == "constant" and stage.gamma == NO_MIXTURE
+            length = 0 if fixed else stage.epochs
             last = depth == len(trial.stages) - 1
             same.setdefault((dataclasses.replace(stage, epochs=length), last), []).append(trial)
         for (_, last), alike in same.items():

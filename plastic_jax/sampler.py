@@ -112,6 +112,31 @@ def epoch_order(
     return jax.lax.sort((words, numbers), num_keys=1, is_stable=True)[1]
 
 
+def transition_probability(gamma: jax.Array, step: jax.Array, steps: jax.Array) -> jax.Array:
+    """p(n) = 1 - gamma^(50 n / N): probability that step n of N draws from the whole train set (paper, figure 3).
+
+    1 throughout for gamma = 0, the fresh arm's sampler.
+    """
+    passed = jnp.asarray(step, jnp.float32) / jnp.asarray(steps, jnp.float32)
+    return jnp.where(gamma > 0, 1 - jnp.power(gamma, 50 * passed), jnp.ones_like(gamma))
+
+
+def mixture(
+    seed: jax.Array, stream: jax.Array, step: jax.Array, permutation: jax.Array, prefix: jax.Array,
+    probability: jax.Array, batch_size: int,
+) -> jax.Array:  # fmt: skip
+    """Local numbers of a smooth transition's step, [B] int32, drawn with replacement.
+
+    Each example comes from the whole train set with `probability`, else from the permutation's first `prefix`
+    entries. The draws from the whole are over local numbers, so that all arms of a seed share them.
+    """
+    keys = jax.random.split(streams.stream(seed, streams.MIXTURE, stream, step), 3)
+    n = permutation.shape[0]
+    whole = jax.random.randint(keys[0], (batch_size,), 0, n, jnp.int32)
+    part = permutation[jax.random.randint(keys[1], (batch_size,), 0, prefix, jnp.int32)]
+    return jnp.where(jax.random.uniform(keys[2], (batch_size,), jnp.float32) < probability, whole, part)
+
+
 def batch(
     order: jax.Array, following: jax.Array, epoch: jax.Array, step: jax.Array, size: jax.Array, batch_size: int
 ) -> jax.Array:

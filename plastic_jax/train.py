@@ -62,10 +62,10 @@ class Compiled:
 
 @lru_cache(maxsize=16)
 def _compiled(
-    static: Config, shape: tuple[int, int, int], classes: int, axis: str, convolution: str, over: Mesh
+    static: Config, shape: tuple[int, int, int], classes: int, axis: str, convolution: str, mixes: bool, over: Mesh
 ) -> Compiled:
     """Made once in a process for equal static values."""
-    one = core.Core(static, shape, classes, convolution)
+    one = core.Core(static, shape, classes, convolution, mixes)
     return Compiled(
         one,
         trial_axis.over_trials(one.chunk, axis, over, donate=(0,)),
@@ -94,7 +94,13 @@ class ProgramRun:
         self.mesh = trial_axis.mesh(devices[: formulation.devices(len(devices))])
         static = Config(**{name: getattr(program.point, name) for name in STATIC})
         self._compiled = _compiled(
-            static, dataset.spec.shape, dataset.spec.classes, formulation.trial_axis, formulation.convolution, self.mesh
+            static,
+            dataset.spec.shape,
+            dataset.spec.classes,
+            formulation.trial_axis,
+            formulation.convolution,
+            program.mixes,
+            self.mesh,
         )
         self.core = self._compiled.core
         self._data = trial_axis.replicated(core.resident(dataset), self.mesh)
@@ -365,9 +371,10 @@ class ProgramRun:
         kinds = {
             "seed": np.uint32, "stream": np.int32, "size": np.int32, "steps": np.int32, "learning_rate": real,
             "weight_decay": real, "accuracy": real, "restart_batch_stats": bool, "reset_optimizer": bool,
+            "prefix": np.int32, "gamma": np.float32,
         }  # fmt: skip
         arrays = {name: np.zeros(len(self.slots), kind) for name, kind in kinds.items()}
-        arrays["size"][:] = 1
+        arrays["size"][:] = arrays["prefix"][:] = 1
         for i, slot in enumerate(self.slots):
             if slot.node is None:
                 continue
@@ -378,7 +385,7 @@ class ProgramRun:
                 elif name == "steps":
                     array[i] = sampler.stage_steps(node.stage.size, node.stage.epochs, batch)
                 else:
-                    array[i] = getattr(node.stage, name)
+                    array[i] = max(1, node.stage.prefix) if name == "prefix" else getattr(node.stage, name)
         return arrays
 
     # What a checkpoint holds

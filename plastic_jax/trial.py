@@ -19,12 +19,17 @@ PRETRAINING, TUNING, CONTINUED = "pretraining", "tuning", "tuning_continued"
 TUNING_STREAM, PRETRAINING_STREAM = 0, 1
 
 
+NO_MIXTURE = -1.0
+
+
 @dataclass(frozen=True)
 class Stage:
     """A phase of training on the first `size` examples of the trial's permutation.
 
     It ends after `epochs`, or at the end of the first epoch whose train accuracy reaches `accuracy` (0: never early).
     What happens at its start: BatchNorm's statistics and the optimiser's state are restarted or carried.
+    A smooth transition (`gamma` not NO_MIXTURE) draws its examples, with replacement, from the whole `size` or from
+    the first `prefix`; an epoch is then as many examples as `size`.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Stage:
     accuracy: float
     restart_batch_stats: bool
     reset_optimizer: bool
+    prefix: int = 0
+    gamma: float = NO_MIXTURE
 
 
 @dataclass(frozen=True)
@@ -92,18 +99,26 @@ def stages(point: Config, size: int) -> tuple[Stage, ...]:
             reset_optimizer=first or point.reset_optimizer,
         )
 
-    warm = point.warm_start_epochs > 0
+    smooth = point.transition == "smooth"
+    warm = point.warm_start_epochs > 0 and not smooth
+    subset = sampler.subset_size(size, point.pretraining_fraction)
     found = []
     if warm:
-        subset = sampler.subset_size(size, point.pretraining_fraction)
         found.append(stage(PRETRAINING, PRETRAINING_STREAM, subset, point.warm_start_epochs, 1.0, True))
     factor = point.tuning_learning_rate_factor
-    found.append(stage(TUNING, TUNING_STREAM, size, point.tuning_epochs, factor, not warm))
-    return tuple(found)
+    tuning = stage(TUNING, TUNING_STREAM, size, point.tuning_epochs, factor, not warm)
+    if smooth:
+        tuning = dataclasses.replace(tuning, gamma=point.gamma, prefix=subset if point.gamma else size)
+    return (*found, tuning)
 
 
 def _check(point: Config, spec: DatasetSpec) -> None:
     """Refuse a point whose fields are each allowed but impossible together."""
+    if point.transition == "smooth" and point.gamma >= 1:
+        raise InputError(
+            f"--config.gamma={point.gamma} is not allowed: a number from 0 to below 1 (with 1 the whole set is "
+            "never drawn from)."
+        )
     pool = spec.train_examples
     held = sampler.validation_size(pool, point.validation_fraction)
     size = sampler.train_size(pool, point.train_examples, point.validation_fraction)

@@ -1,0 +1,65 @@
+"""The smooth transition: the paper's figure 3.
+
+    python -m experiments.smooth_transition                    # quickstart: digits, under 3 minutes on 2 cores
+    python -m experiments.smooth_transition --preset=paper     # ResNet-18 on CIFAR-10, for accelerators
+
+One stage of N steps. At step n each example is drawn, with replacement, from the whole train set with probability
+p(n) = 1 - gamma^(50 n / N), else from the pretraining subset. The fresh arm is the same sampler with gamma = 0, so
+that p = 1; an ordinary fresh arm, which sees every example once an epoch, stands beside it. Expected (paper): a gap for
+every gamma.
+"""
+
+from typing import Any
+
+from plastic_jax import figures
+from plastic_jax.entry import main
+from plastic_jax.experiment import Drawing, Experiment, Table
+from plastic_jax.results import Setting
+
+COMMON = dict(transition=("abrupt", "smooth"), warm_start_epochs=0, equal_updates=False)
+QUICKSTART = dict(
+    COMMON,
+    dataset="digits",
+    train_examples=300,
+    label_noise=0.2,
+    model="mlp",
+    width=100,
+    depth=4,
+    norm="none",
+    initialisation="he",
+    batch_size=32,
+    gamma=(0.1, 0.5, 0.9),
+    tuning_epochs=300,
+    metric_epochs=50,
+    eval_every=2,
+    seeds=16,
+)
+PAPER = dict(COMMON, gamma=(0.1, 0.3, 0.5, 0.7, 0.9))
+
+
+def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
+    """The gap against gamma."""
+    gaps = figures.gap_curve(
+        table,
+        summary,
+        setting,
+        x="gamma",
+        line=None,
+        title=f"Generalisation gap of a smooth transition\n{subtitle}",
+        xlabel="gamma: the larger, the longer the subset prevails",
+    )
+    return [
+        ("gap", "Generalisation gap against gamma, to the same sampler with gamma = 0 (the paper's figure 3).", gaps)
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="smooth_transition",
+    title="Smooth transition: the generalisation gap",
+    presets={"quickstart": QUICKSTART, "paper": PAPER},
+    fresh={"gamma": 0.0},
+    draw=draw,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
