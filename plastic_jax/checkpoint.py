@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plastic_jax.errors import InputError
+from plastic_jax.results import replace_file
 
 Tree = Any
 KEPT = 2  # the newest may turn out damaged
@@ -25,10 +26,20 @@ def _crc(tree: Tree, host: bytes) -> int:
     return total
 
 
+def _files_crc(folder: Path) -> int:
+    """CRC-32 over the names and contents of all files below a folder."""
+    total = 0
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        total = zlib.crc32(file.read_bytes(), zlib.crc32(str(file.relative_to(folder)).encode(), total))
+    return total
+
+
 class Checkpoints:
     """The checkpoints under `directory`: nested dicts of host arrays and one JSON value beside them.
 
-    A save runs in the background; the next one waits for it. An unfinished one is never seen by `restore`.
+    A save runs in the background; the next one waits for it. An unfinished one is never seen by `restore`. Checksums
+    of finished ones stand in DIRECTORY.json, so that a damaged one is passed over before Orbax, whose threads then
+    go on complaining, gets to see it; one that was finished when nobody waited has only the checksum inside.
     """
 
     def __init__(self, directory: Path):
@@ -42,6 +53,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._pending: Any = None
+        self._beside = directory.with_name(directory.name + ".json")
         self._step = max((c.step for c in self._manager.checkpoints), default=-1) + 1
 
     def save(self, arrays: Tree, host: Any, wait: bool = False) -> None:
@@ -60,6 +72,9 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
+            found = {str(c.step): _files_crc(self.directory / str(c.step)) for c in self._manager.checkpoints[-1:]}
+            held = {k: v for k, v in self._checksums().items() if (self.directory / k).exists()}
+            replace_file(self._beside, json.dumps(held | found).encode())
 
     def restore(self, say: Callable[[str], None]) -> tuple[Tree, Any] | None:
         """The newest checkpoint that loads whole, or None where there is none.
@@ -68,8 +83,12 @@ class Checkpoints:
           InputError: there are checkpoints, and all of them are damaged.
         """
         steps = sorted((c.step for c in self._manager.checkpoints), reverse=True)
+        checksums = self._checksums()
         for step in steps:
             try:
+                crc = _files_crc(self.directory / str(step))
+                if checksums.get(str(step), crc) != crc:
+                    raise ValueError("checksum")
                 tree = self._manager.load(step)
                 text = np.asarray(tree["host"]).tobytes()
                 arrays = tree.get("arrays", {})
@@ -86,6 +105,12 @@ class Checkpoints:
                 "start, or pass --overwrite."
             )
         return None
+
+    def _checksums(self) -> dict[str, int]:
+        try:
+            return dict(json.loads(self._beside.read_text()))
+        except (OSError, ValueError):
+            return {}
 
     def close(self) -> None:
         """Finish the save under way and let go of the directory."""
