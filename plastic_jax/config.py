@@ -171,6 +171,10 @@ class Sweep:
         checked = {}
         for name, spec in FIELDS.items():
             given = values.get(name, spec.default)
+            if isinstance(given, range) or hasattr(given, "tolist"):  # NumPy's arrays and scalars
+                given = list(given) if isinstance(given, range) else given.tolist()
+            if isinstance(given, (tuple, list)):
+                given = tuple(getattr(value, "item", lambda value=value: value)() for value in given)
             if isinstance(given, str) and spec.type is str:
                 given = tuple(part.strip() for part in given.split(","))
             if not isinstance(given, (tuple, list)):
@@ -217,6 +221,8 @@ def canonical(point: Config) -> dict[str, Any]:
         values.update(batch_stats=None, reset_optimizer=None)
     if (smooth and not point.gamma) or not (smooth or point.warm_start_epochs):
         values["pretraining_fraction"] = None
+    if point.optimizer == "sgd":  # it has no state
+        values["reset_optimizer"] = None
     if point.norm != "batch":
         values["batch_stats"] = None
     if not point.stage_accuracy:

@@ -180,7 +180,10 @@ class Core:
         )
 
     def _step(self, state: Tree, sums: Tree, trial: Tree, local: jax.Array, data: Tree) -> tuple[Tree, Tree]:
-        """One update on the examples `local` [B]; a non-finite loss freezes the trial instead (contract 6)."""
+        """One update on the examples `local` [B]; a non-finite loss freezes the trial instead (contract 6).
+
+        The step that failed is counted, so that its row stands after the last good one.
+        """
         stage, sample = trial["stage"], trial["sample"]
         images = normalise(data["train_images"][sample["ids"][local]], self.dtype)
         labels = sample["labels"][local]
@@ -201,9 +204,8 @@ class Core:
         new = {"params": params, "batch_stats": stats, "optimiser": opt}
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        one = finite.astype(jnp.int32)
         correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
-        state = dict(new, step=state["step"] + one, total=state["total"] + one, diverged=~finite)
+        state = dict(new, step=state["step"] + 1, total=state["total"] + 1, diverged=~finite)
         sums = {
             "loss": sums["loss"] + value * len(labels),
             "correct": sums["correct"] + correct,

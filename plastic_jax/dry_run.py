@@ -1,6 +1,7 @@
 """The dry run: the whole plan in figures, before anything is trained, as plan.json and as a table."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ GIB = 2**30
 
 def device_memory(given_gib: float) -> tuple[int, str]:
     """Bytes of one device and where the figure comes from; a CPU's devices share the machine's memory."""
-    if given_gib < 0:
+    if not math.isfinite(given_gib) or given_gib < 0:
         raise InputError(
             f"--device_memory_gib={given_gib:g} is not allowed: a number above 0, or 0 for the device at hand."
         )
@@ -35,12 +36,19 @@ def device_memory(given_gib: float) -> tuple[int, str]:
 
 
 def describe(
-    study: Study, programs: Sequence[ProgramPlan], specs: Mapping[str, DatasetSpec], device_memory_gib: float
+    study: Study,
+    programs: Sequence[ProgramPlan],
+    specs: Mapping[str, DatasetSpec],
+    device_memory_gib: float,
+    imagined: bool = False,
 ) -> dict[str, Any]:
-    """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation."""
+    """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation.
+
+    A given memory is a limit for the devices at hand, or, `imagined` on a CPU, an accelerator's that is not there.
+    """
     memory, source = device_memory(device_memory_gib)
     devices, backend = jax.local_device_count(), jax.default_backend()
-    if device_memory_gib and backend == "cpu":
+    if imagined and device_memory_gib and backend == "cpu":
         devices, backend = 1, "accelerator"  # not there: planned by the closed forms alone
     described = [_program(study, p, specs[p.point.dataset], memory, devices, backend) for p in programs]
     total = {
@@ -123,7 +131,8 @@ def _evaluated(study: Study, program: ProgramPlan, spec: DatasetSpec) -> int:
     each = spec.test_examples + sampler.validation_size(spec.train_examples, point.validation_fraction)
     every = study.sweep.eval_every
     passes = sum(node.last // every - node.first // every + (node.last % every > 0) for node in program.nodes)
-    return passes * each + sum(node.stage.size for node in program.nodes)
+    size = sampler.train_size(spec.train_examples, point.train_examples, point.validation_fraction)
+    return passes * each + len(program.nodes) * size
 
 
 def _number(value: float) -> str:

@@ -32,6 +32,12 @@ def _preset(argv: Sequence[str], presets: Sequence[str]) -> str:
     return found
 
 
+def _last_wins(argv: Sequence[str]) -> list[str]:
+    """Without all but the last `--config.FIELD=...` of a field: ml_collections would join their tuples."""
+    last = {a.split("=")[0].lstrip("-"): k for k, a in enumerate(argv) if re.match(r"--?config\.[^=]+=", a)}
+    return [a for k, a in enumerate(argv) if last.get(a.split("=")[0].lstrip("-"), k) == k or "=" not in a]
+
+
 def _define(experiment: Experiment, argv: Sequence[str]) -> None:
     from ml_collections import ConfigDict, config_flags
 
@@ -83,6 +89,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def main(experiment: Experiment) -> None:
     """Run an experiment from the command line."""
     try:
+        sys.argv[:] = _last_wins(sys.argv)
         _define(experiment, sys.argv)
     except InputError as error:
         _refuse(error)
@@ -104,6 +111,9 @@ def main(experiment: Experiment) -> None:
             _run(experiment, sweep, options, lambda text: print(text, flush=True))
         except InputError as error:
             _refuse(error)
+        except KeyboardInterrupt:
+            print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            sys.exit(130)
         except Interrupted as signal_name:
             print(f"Interrupted by {signal_name}; the same command goes on from the checkpoint.", file=sys.stderr)
             sys.exit(130)

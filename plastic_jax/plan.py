@@ -33,6 +33,7 @@ class Node:
     final: bool = False  # a trial's last stage ends here
     control: bool = False
     served: tuple[int, ...] = ()
+    closely: bool = False  # evaluated every epoch
     children: list[int] = field(default_factory=list)
 
     @property
@@ -48,7 +49,8 @@ class Node:
 
     def boundary(self, epoch: int, eval_every: int) -> int:
         """The next epoch after `epoch` at which the host looks: an evaluation, or the node's end."""
-        return min((epoch // eval_every + 1) * eval_every, self.last)
+        every = 1 if self.closely else eval_every
+        return min((epoch // every + 1) * every, self.last)
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,17 @@ def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
             ]
             if not (study.sweep.equal_updates and served):
                 continue
-            longest = max(_planned_steps(t) for t in served)
-            last = control_epochs(longest, node.stage.size, fresh.point.batch_size)
-            if last <= node.last:
-                continue
-            stage = dataclasses.replace(node.stage, name=CONTINUED, epochs=last, accuracy=0.0)
+            reached = {control_epochs(_planned_steps(t), node.stage.size, fresh.point.batch_size) for t in served}
+            # Stages that end by accuracy tell only afterwards how far: one stretch, evaluated every epoch.
+            ends = [max(reached)] if node.stage.accuracy else sorted(reached)
             numbers = tuple(t.trial for t in served)
-            add(node.index, [fresh], stage, node.last, last, ends=(fresh.trial,), control=True, served=numbers)
+            before = node
+            for last in ends:
+                if last <= node.last:
+                    continue
+                stage = dataclasses.replace(node.stage, name=CONTINUED, epochs=ends[-1], accuracy=0.0)
+                more = dict(ends=(fresh.trial,), control=True, served=numbers, closely=node.stage.accuracy > 0)
+                before = add(before.index, [fresh], stage, before.last, last, **more)
 
     reference = {arm.arm: arm.fresh for arm in study.arms}
     by_sample: dict[tuple, list[Trial]] = {}

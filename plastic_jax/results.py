@@ -54,6 +54,7 @@ class Setting:
     arm's name -> the name of the arm to compare it with; a fresh arm maps to itself.
     `metric_epochs`: an accuracy is the mean over this many last epochs of the tuning stage.
     `equal_updates`: whether fresh trials were trained on, as a control for training time.
+    `eval_every`: epochs between a trial's own evaluations.
     """
 
     swept: tuple[str, ...]
@@ -61,6 +62,7 @@ class Setting:
     fresh: dict[str, str]
     metric_epochs: int
     equal_updates: bool
+    eval_every: int = 1
 
     def is_fresh(self, arm: str) -> bool:
         """Whether the arm is one that others are compared with."""
@@ -71,7 +73,7 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file whole or not at all: a temporary file beside it, fsync, then os.replace."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -218,7 +220,7 @@ def pairs(table: pd.DataFrame, setting: Setting, metrics: pd.DataFrame, arm: str
         rows = table[table["trial"].isin(fresh["trial"]) & table["stage"].isin([TUNING, CONTINUED])]
         by_trial = dict(list(rows.sort_values(["trial", "step"]).groupby("trial")))
         control[:] = [
-            _control(by_trial[trial], int(updates), setting.metric_epochs)
+            _control(by_trial[trial], int(updates), setting.metric_epochs, setting.eval_every)
             for trial, updates in zip(fresh["trial"], own["steps"], strict=True)
         ]
     columns = {"arm": own["test_accuracy"], "fresh": fresh["test_accuracy"], "control": control}
@@ -230,7 +232,7 @@ def _whole_epochs(rows: pd.DataFrame) -> pd.Series:
     return np.floor(rows["epoch"] + _EPSILON)
 
 
-def _control(rows: pd.DataFrame, updates: int, metric_epochs: int) -> float:
+def _control(rows: pd.DataFrame, updates: int, metric_epochs: int, eval_every: int) -> float:
     """Mean test accuracy of a fresh trial over the last epochs up to `updates` steps.
 
     `rows`: of its tuning stage and of the training beyond it, by step. NaN where it diverged before
@@ -244,7 +246,9 @@ def _control(rows: pd.DataFrame, updates: int, metric_epochs: int) -> float:
     if updates - steps[-1] >= interval:
         return math.nan
     whole = _whole_epochs(reached)
-    window = whole > whole.max() - metric_epochs
+    # Not the ends of other arms' controls: an arm's figure is the same whatever else is in the sweep.
+    own = (whole % eval_every == 0) | (whole == whole.max()) | (reached["stage"] == TUNING)
+    window = (whole > whole.max() - metric_epochs) & own
     return float(reached["test_accuracy"][window].mean())
 
 

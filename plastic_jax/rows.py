@@ -44,7 +44,7 @@ def rows(study: Study, program: ProgramPlan, records: Records, only: Iterable[in
 
 
 def _own(node: Node, record: dict[str, Any], trial: int, eval_every: int) -> bool:
-    if record["diverged"] or record["done"] or record["epoch"] % eval_every == 0:
+    if record["diverged"] or record["done"] or node.closely or record["epoch"] % eval_every == 0:
         return True
     return record["epoch"] == node.last and trial in node.ends
 

@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
 
 from plastic_jax import backend, data, experiment, figures, plan, report, results, rows, tracking, train, trial, workdir
@@ -108,31 +110,37 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
     specs = {name: data.spec(name, options.data_dir) for name in sweep.values["dataset"]}
     study = trial.study(sweep, specs, of.fresh)
     programs = plan.programs(study)
-    if "float64" in sweep.values["compute_dtype"]:
-        jax.config.update("jax_enable_x64", True)
     path = Path(options.workdir) if options.workdir else default_workdir(of.name, sweep)
     if options.wandb not in tracking.MODES:
         raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(tracking.MODES)}.")
-    with workdir.opened(path):
+    double = "float64" in sweep.values["compute_dtype"]
+    with workdir.opened(path), jax.enable_x64(True) if double else contextlib.nullcontext():
         if options.overwrite:
-            workdir.clear(path)
-        going_on = workdir.same_config(path, sweep.as_dict(), of.name)
+            workdir.check_own(path)
+        going_on = not options.overwrite and workdir.same_config(path, sweep.as_dict(), of.name)
         described: dict[str, Any] = {}
         if going_on and not options.dry_run:
             formulations = _recorded(path, len(programs))
         else:
-            described = describe(study, programs, specs, options.device_memory_gib)
+            described = describe(study, programs, specs, options.device_memory_gib, options.dry_run)
             formulations = [Formulation(**p["formulation"]) for p in described["programs"]]
             if options.dry_run:
-                if not going_on:
-                    workdir.write_json(path / "plan.json", described)
                 say(table_of(described))
-                say(f"Nothing was trained. The whole plan is in {path / 'plan.json'}.")
+                if (path / "config.json").exists():
+                    say(f"Nothing was trained. The run in {path} keeps its own plan.json.")
+                else:
+                    workdir.write_json(path / "plan.json", described)
+                    say(f"Nothing was trained. The whole plan is in {path / 'plan.json'}.")
                 return None
         sets = {name: data.load(name, options.data_dir) for name in specs}
-        if not going_on:
+        if going_on:
+            _check_data(path, sets)
+            _note_session(path, options)
+        else:
+            if options.overwrite:
+                workdir.clear(path)
             workdir.write_json(path / "plan.json", described)
-            workdir.write_json(path / "config.json", _config_file(of, study, specs, options))
+            workdir.write_json(path / "config.json", _config_file(of, study, sets, options))
         training = Training(of, study, programs, formulations, sets, path, options, say)
         training.run()
         return load(path)
@@ -149,18 +157,52 @@ def _recorded(path: Path, count: int) -> list[Formulation]:
     return found
 
 
-def _config_file(
-    of: experiment.Experiment, study: trial.Study, specs: dict[str, data.DatasetSpec], options: Options
-) -> dict[str, Any]:
+def _session(options: Options) -> dict[str, Any]:
     return {
-        "experiment": of.name,
-        "config": study.sweep.as_dict(),
         "command": options.command or shlex.join(sys.argv),
         "versions": versions(),
         "commit": commit(),
         "device": backend.device(),
-        "datasets": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
         "date": datetime.date.today().isoformat(),
+    }
+
+
+def _note_session(path: Path, options: Options) -> None:
+    """Write into config.json that the run was gone on with by other versions, commit or device."""
+    held = workdir.read_json(path / "config.json")
+    now, last = _session(options), ([held] + held.get("resumed", []))[-1]
+    if any(now[name] != last.get(name) for name in ("versions", "commit", "device")):
+        workdir.write_json(path / "config.json", {**held, "resumed": [*held.get("resumed", []), now]})
+
+
+def _crc(dataset: data.Dataset) -> int:
+    """CRC-32 of a data set's images and labels."""
+    total = 0
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        total = zlib.crc32(np.ascontiguousarray(array).data, total)
+    return total
+
+
+def _check_data(path: Path, sets: dict[str, data.Dataset]) -> None:
+    """Refuse to go on with other data than the run began with."""
+    held = workdir.read_json(path / "config.json").get("datasets", {})
+    for name, dataset in sets.items():
+        if held.get(name, {}).get("crc32") != _crc(dataset):
+            raise InputError(
+                f"--workdir={path} holds a run on other data: the files of dataset={name} have changed since it began; "
+                "bring the first ones back, or name another folder."
+            )
+
+
+def _config_file(
+    of: experiment.Experiment, study: trial.Study, sets: dict[str, data.Dataset], options: Options
+) -> dict[str, Any]:
+    return {
+        "experiment": of.name,
+        "config": study.sweep.as_dict(),
+        **_session(options),
+        "resumed": [],
+        "datasets": {name: {**dataclasses.asdict(s.spec), "crc32": _crc(s)} for name, s in sets.items()},
         "trials": [
             {"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)} for t in study.trials
         ],
@@ -334,6 +376,7 @@ class Training:
             fresh={arm.arm: arm.fresh for arm in self.study.arms},
             metric_epochs=self.study.sweep.metric_epochs,
             equal_updates=self.study.sweep.equal_updates,
+            eval_every=self.study.sweep.eval_every,
         )
 
     def _subtitle(self) -> str:
@@ -347,7 +390,9 @@ class Training:
 
     def _notes(self) -> list[str]:
         device = self.config["device"]
-        return [f"Trained on {device} on {self.config['date']}."]
+        resumed = self.config.get("resumed", [])
+        more = [f"Gone on with on {s['device']} on {s['date']}, jax {s['versions']['jax']}." for s in resumed]
+        return [f"Trained on {device} on {self.config['date']}.", *more]
 
 
 def _set_signal(number: int, handler: Any) -> None:

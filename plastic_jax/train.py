@@ -253,8 +253,11 @@ class ProgramRun:
     def _first_step(self, node: Node) -> int:
         if node.begins:
             return 0
-        assert node.parent is not None
-        return self.records[node.parent][-1]["step"]
+        above = node.parent
+        while above not in self.records:  # a stretch that was skipped: its stage had ended by accuracy
+            assert above is not None
+            above = self.nodes[above].parent
+        return self.records[above][-1]["step"]
 
     # Ends of nodes
 

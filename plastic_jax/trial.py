@@ -5,6 +5,7 @@ effect are one trial (contract 10), and the fresh arm of every combination is al
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ TUNING_STREAM, PRETRAINING_STREAM = 0, 1
 
 
 NO_MIXTURE = -1.0
+MOST_TRIALS = 100_000  # of a run: beyond, the table no longer fits the host
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,14 @@ def _check(point: Config, spec: DatasetSpec) -> None:
 
 def _check_run(sweep: Sweep) -> None:
     """Refuse run fields that are impossible together with the swept ones."""
+    if len(sweep.values["compute_dtype"]) > 1 and "float64" in sweep.values["compute_dtype"]:
+        raise InputError(
+            f"--config.compute_dtype={sweep.values['compute_dtype']} is not allowed: float64 stands alone in a run, "
+            "since JAX then computes otherwise throughout."
+        )
     shortest = min(sweep.values["tuning_epochs"])
+    if any(sweep.values["stage_accuracy"]):
+        shortest = min([shortest, *filter(None, sweep.values["max_stage_epochs"])])
     if sweep.metric_epochs > shortest:
         raise InputError(
             f"--config.metric_epochs={sweep.metric_epochs} is not allowed: the tuning stage has {shortest} epochs, "
@@ -176,6 +185,12 @@ def study(sweep: Sweep, specs: Mapping[str, DatasetSpec], fresh: Mapping[str, An
       InputError: fields that are impossible together, in one sentence.
     """
     _check_run(sweep)
+    count = math.prod(len(values) for values in sweep.values.values()) * sweep.seeds
+    if count > MOST_TRIALS:
+        raise InputError(
+            f"--config.seeds={sweep.seeds} is not allowed here: the sweep would have {count} trials, and a run "
+            f"holds at most {MOST_TRIALS}; cut it into several."
+        )
     points: dict[tuple, Config] = {}
     for point in sweep.points():
         for candidate in (_fresh(point, fresh), point):

@@ -40,14 +40,30 @@ def opened(path: Path) -> Iterator[Path]:
         yield path
 
 
+def check_own(path: Path) -> None:
+    """Refuse to start anew in a folder whose files are not a run's.
+
+    Raises:
+      InputError: it has files of a run's names, but no config.json of a run.
+    """
+    held = [name for name in OWN if (path / name).exists() and name != "plan.json"]
+    try:
+        ours = {"experiment", "config"} <= json.loads((path / "config.json").read_text()).keys()
+    except FileNotFoundError:
+        ours = not held
+    except (OSError, ValueError, AttributeError):  # damaged: a run's, if there is what else a run leaves
+        ours = (path / "plan.json").exists()
+    if not ours:
+        raise InputError(f"--workdir={path} holds {', '.join(held)}, which no run left there: name another folder.")
+
+
 def clear(path: Path) -> None:
     """Remove what a run leaves there, and nothing else."""
-    for name in OWN:
-        target = path / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
+    for name in ("checkpoints/run", "checkpoints/kept", "wandb"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in (*OWN, "checkpoints/run.json", "figures/gap.png", "figures/accuracy_curves.png"):
+        if not (path / name).is_dir():
+            (path / name).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

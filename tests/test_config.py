@@ -1,5 +1,6 @@
 """Bad input is refused in one sentence that names the field, the value and what is allowed."""
 
+import numpy as np
 import pytest
 import tiny
 
@@ -32,6 +33,7 @@ from plastic_jax.errors import InputError
         ("batch_size", 2**40, "a whole number"),
         ("pretraining_fraction", 0.0, "above 0 to 1"),
         ("keep", "all", "none, ends, stages"),
+        ("warm_start_epochs", np.array([1, 2.5]), "a whole number"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, words):
@@ -51,6 +53,9 @@ def test_a_bad_value_is_refused_by_name(field, value, words):
         (dict(schedule="cosine"), "equal_updates=False"),
         (dict(tuning_epochs=2**30), "too long"),
         (dict(first_seed=2**31 - 2), "seeds=2"),
+        (dict(compute_dtype=("float32", "float64")), "float64 stands alone"),
+        (dict(stage_accuracy=0.9, max_stage_epochs=1), "metric_epochs=2"),
+        (dict(seeds=3_000_000), "at most 100000"),
     ],
 )
 def test_fields_impossible_together_are_refused(changes, words):
@@ -76,6 +81,11 @@ def test_whole_numbers_are_taken_for_real_fields_and_words_for_booleans():
     assert sweep.values["learning_rate"] == (1.0,) and sweep.equal_updates is False
 
 
+@pytest.mark.parametrize("given", [range(0, 3), np.arange(3), [np.int64(0), 1, 2]])
+def test_sequences_of_python_and_numpy_are_taken(given):
+    assert Sweep.of({"warm_start_epochs": given}).values["warm_start_epochs"] == (0, 1, 2)
+
+
 def test_every_field_is_documented():
     for name, spec in FIELDS.items():
         assert spec.metadata["doc"], name
@@ -86,3 +96,5 @@ def test_fields_without_effect_are_null():
     values = canonical(point)
     assert [values[n] for n in ("pretraining_fraction", "batch_stats", "reset_optimizer")] == [None] * 3
     assert values["tuning_learning_rate_factor"] == 1.0
+    (stateless,) = Sweep.of({"optimizer": "sgd"}).points()
+    assert canonical(stateless)["reset_optimizer"] is None

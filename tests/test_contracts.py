@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from plastic_jax import plan, sampler
+from plastic_jax import plan, results, sampler
 from plastic_jax.errors import InputError
 from plastic_jax.trial_axis import Formulation
 
@@ -407,3 +407,48 @@ def test_gammas_and_an_ordinary_fresh_arm_run_in_one_program():
 def test_gamma_of_one_is_refused():
     with pytest.raises(InputError, match="gamma=1"):
         tiny.study(fresh={"gamma": 0.0}, transition="smooth", gamma=1.0, warm_start_epochs=0)
+
+
+# Found in review.
+
+
+def test_a_trial_that_diverges_right_after_an_evaluation_has_a_row_of_its_own(tmp_path):
+    """Its first non-finite loss falls on the first step of an epoch: the good row before it stays."""
+    rates = tuple(float(10.0**k) for k in range(0, 31, 3))
+    study = tiny.study(learning_rate=rates, norm="none", optimizer="sgd", equal_updates=False)
+    found = tiny.trained(study)
+    results.write(found, tmp_path / "results.parquet", study.swept)
+    last = found.groupby("trial").tail(1)
+    assert last.diverged.sum() > 10 and not last.diverged.all()
+    assert found[found.diverged].step.gt(0).all()
+
+
+def test_a_control_below_a_skipped_stretch_of_tuning():
+    """Tuning lengths share a stage that ends by accuracy in its first stretch; the control goes on from there."""
+    study = tiny.study(
+        warm_start_epochs=(0, 20),
+        pretraining_fraction=1.0,
+        tuning_epochs=(18, 20),
+        stage_accuracy=0.6,
+        learning_rate=0.02,
+    )
+    found = tiny.trained(study)
+    assert "tuning_continued" in set(found.stage)
+    assert found.groupby("trial").tail(1).fit_accuracy.notna().all()
+
+
+def test_the_equal_updates_gap_of_an_arm_does_not_depend_on_other_arms():
+    def gap(*lengths: int) -> float:
+        study = tiny.study(warm_start_epochs=(0, *lengths), eval_every=5, tuning_epochs=12, metric_epochs=4, seeds=3)
+        setting = results.Setting(
+            study.swept,
+            tuple({"arm": a.arm, **a.values} for a in study.arms),
+            {a.arm: a.fresh for a in study.arms},
+            4,
+            True,
+            5,
+        )
+        rows = results.summary(tiny.trained(study), setting)
+        return next(row["gap_equal_updates"] for row in rows if row["warm_start_epochs"] == 4)
+
+    assert gap(4) == gap(4, 30) == gap(4, 6, 9)

@@ -234,6 +234,7 @@ def test_a_workdir_in_use_is_refused(environment, tmp_path):
         (["--wandb=sometimes"], ["sometimes", "offline"]),
         (["--workdir=/proc/nowhere/run"], ["/proc/nowhere/run", "cannot be written"]),
         (["stray"], ["stray"]),
+        (["--device_memory_gib=nan", "--dry_run"], ["nan", "above 0"]),
         (["--device_memory_gib=0.0001", "--dry_run"], ["GiB", "smaller"]),
     ],
 )
@@ -274,6 +275,48 @@ def test_overrides_win_over_the_preset_in_any_order(environment, tmp_path):
         assert not (folder / "config.json").exists()
     assert plans[0] == plans[1]
     assert plans[0]["seeds"] == 2 and plans[0]["trials"] == 80 and len(plans[0]["programs"]) == 4
+
+
+def test_the_last_of_a_repeated_flag_wins(environment, tmp_path):
+    arguments = ["--dry_run", "--config.width=8", "--config.width=16", "--config.seeds=2", f"--workdir={tmp_path}"]
+    code, out, err = call(arguments, environment)
+    assert code == 0, err
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [p["width"] for p in plan["programs"]] == [16] and "8 trials" in out
+
+
+def test_overwrite_deletes_nothing_before_the_new_run_can_start(finished, environment, tmp_path):
+    import shutil
+
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    before = (path / "results.parquet").read_bytes()
+    code, _, err = call([*SMALL, f"--workdir={path}", "--overwrite", "--dry_run"], environment)
+    assert code == 0, err
+    refused(
+        [*SMALL, f"--workdir={path}", "--overwrite", "--config.dataset=cifar10", f"--data_dir={tmp_path}"],
+        environment, "cifar-10-binary",
+    )  # fmt: skip
+    assert (path / "results.parquet").read_bytes() == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"mine": 1}')
+    refused([*SMALL, f"--workdir={foreign}", "--overwrite"], environment, "no run left there")
+    assert (foreign / "config.json").read_text() == '{"mine": 1}'
+    code, _, err = call([*SMALL, f"--workdir={path}", "--overwrite", "--config.seeds=2"], environment)
+    assert code == 0, err
+    assert read(path / "results.parquet").seed.nunique() == 2
+
+
+def test_a_run_on_data_that_changed_is_refused(finished, environment, tmp_path):
+    import shutil
+
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    config = json.loads((path / "config.json").read_text())
+    config["datasets"]["digits"]["crc32"] += 1
+    (path / "config.json").write_text(json.dumps(config))
+    refused([*SMALL, f"--workdir={path}", "--config.keep=stages"], environment, "other data", "digits")
 
 
 def test_help_names_the_flags(environment):
