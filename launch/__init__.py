@@ -1,1 +1,1 @@
-"""The same experiment on several GPUs, on Slurm, on Cloud TPU, as a W&B sweep."""
+"""Empty so far: launchers for several GPUs, Slurm, Cloud TPU and W&B sweeps are to stand here."""
