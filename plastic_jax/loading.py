@@ -96,7 +96,7 @@ def load(path: str | os.PathLike[str]) -> Run:
     Raises:
       InputError: it is none, or its results are damaged.
     """
-    found = Run(Path(path))
+    found = Run(Path(path).absolute())
     if not (found.path / "config.json").exists():
         raise InputError(f"{found.path} is no workdir of a run: it has no config.json.")
     return found

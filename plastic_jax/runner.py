@@ -110,7 +110,7 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
     specs = {name: data.spec(name, options.data_dir) for name in sweep.values["dataset"]}
     study = trial.study(sweep, specs, of.fresh)
     programs = plan.programs(study)
-    path = Path(options.workdir) if options.workdir else default_workdir(of.name, sweep)
+    path = (Path(options.workdir) if options.workdir else default_workdir(of.name, sweep)).absolute()  # Orbax's wish
     if options.wandb not in tracking.MODES:
         raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(tracking.MODES)}.")
     double = "float64" in sweep.values["compute_dtype"]

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -71,6 +72,17 @@ def test_a_run_leaves_its_files_and_says_where(finished):
     table = read(path / "results.parquet")
     keys = ["trial", "stage", "step"]
     assert table[keys].equals(table[keys].sort_values(keys, ignore_index=True))
+
+
+def test_a_relative_workdir_does_as_well(finished, environment, tmp_path):
+    relative = os.path.relpath(tmp_path)
+    code, _, err = call([*SMALL, f"--workdir={relative}", "--config.keep=stages"], environment)
+    assert code == 0, err
+    assert (tmp_path / "results.parquet").read_bytes() == (finished[0] / "results.parquet").read_bytes()
+
+    import plastic_jax
+
+    assert plastic_jax.load(relative).model(0).logits(np.zeros((1, 8, 8, 1), np.uint8)).shape == (1, 10)
 
 
 def test_summary_is_the_paired_mean_of_the_table(finished):
