@@ -11,29 +11,22 @@ every gamma.
 
 from typing import Any
 
+from experiments import warm_start
 from plastic_jax import figures
 from plastic_jax.entry import main
 from plastic_jax.experiment import Drawing, Experiment, Table
 from plastic_jax.results import Setting
 
 COMMON = dict(transition=("abrupt", "smooth"), warm_start_epochs=0, equal_updates=False)
-QUICKSTART = dict(
-    COMMON,
-    dataset="digits",
-    train_examples=300,
-    label_noise=0.2,
-    model="mlp",
-    width=100,
-    depth=4,
-    norm="none",
-    initialisation="he",
-    batch_size=32,
-    gamma=(0.1, 0.5, 0.9),
-    tuning_epochs=300,
-    metric_epochs=50,
-    eval_every=2,
-    seeds=16,
-)
+QUICKSTART = {
+    **warm_start.QUICKSTART,  # the same data and network
+    **COMMON,
+    "gamma": (0.1, 0.5, 0.9),
+    "tuning_epochs": 300,
+    "metric_epochs": 50,
+    "eval_every": 2,
+    "seeds": 16,
+}
 PAPER = dict(COMMON, gamma=(0.1, 0.3, 0.5, 0.7, 0.9))
 
 

@@ -226,7 +226,6 @@ class Training:
         self.of, self.study, self.programs, self.formulations = of, study, programs, formulations
         self.sets, self.path, self.options, self.say = sets, path, options, say
         self.done: list[train.Records] = []  # of finished programs
-        self.kept: list[dict[str, Any]] = []  # states kept: which trial and stage, and where
         self.stop: int | None = None
         self.config = workdir.read_json(path / "config.json")
 
@@ -246,7 +245,7 @@ class Training:
 
     def _tracker(self) -> tracking.Tracker:
         trials = [tracking.Trial(**t) for t in self.config["trials"]]
-        return tracking.Tracker(self.options.wandb, self.path, "plastic_jax", self.of.name, trials, self.say)
+        return tracking.Tracker(self.options.wandb, self.path, tracking.PROJECT, self.of.name, trials, self.say)
 
     def _catch(self) -> None:
         def asked(number: int, _: Any) -> None:
@@ -328,7 +327,7 @@ class Training:
         if self.study.sweep.keep != "none":
             live.write_kept(self.path / "checkpoints" / "kept" / str(number))
 
-    def _write_table(self, live: train.ProgramRun | None = None) -> pd.DataFrame:
+    def _write_table(self, live: train.ProgramRun | None = None) -> None:
         found: dict[str, list[Any]] = {name: [] for name in rows.columns(self.study)}
         recorded = list(zip(self.programs, self.done, strict=False))
         if live:
@@ -341,10 +340,8 @@ class Training:
             {n: pd.Series(c, dtype=object if n in self.study.swept else None) for n, c in found.items()}
         )
         results.write(table, self.path / "results.parquet", self.study.swept)
-        return table
 
     def _report(self, tracker: tracking.Tracker) -> None:
-        self._write_table()
         table = results.read(self.path / "results.parquet")
         setting = self._setting()
         summary = results.summary(table, setting)
