@@ -79,8 +79,8 @@ class Config:
     first_seed: int = _field(0, "run", "the first seed; the others follow it", low=0, high=2**31 - 2)
     keep: str = _field("none", "run", "models kept for `plastic_jax.load`: none, at trials' ends, or at every stage's end", choices=("none", "ends", "stages"))
     checkpoint_minutes: float = _field(5.0, "run", "minutes between checkpoints", above=0.0)
-    trial_axis: str = _field("auto", "run", "how trials share a device: batched by vmap, one after another (map), or auto", choices=("auto", "vmap", "map"))
-    convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended (fast inside loops on a CPU), or auto", choices=("auto", "plain", "mended"))
+    trial_axis: str = _field("auto", "run", "how trials share a device: batched by vmap, one after another (map), a few written out side by side (unroll), or auto: measured before a long run, by rule before a short one", choices=("auto", "vmap", "map", "unroll"))
+    convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended or products (both fast inside a CPU's loops), or auto", choices=("auto", "plain", "mended", "products"))
     trials_per_device: int = _field(0, "run", "trials side by side on one device; 0 = chosen from the model and the memory", low=0)
     # fmt: on
 

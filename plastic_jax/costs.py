@@ -47,6 +47,9 @@ class Costs:
     """One training step at the trial's batch size: forward, backward and update, as XLA counts."""
     padded_step_flops: float
     """Convolutions and linear layers of that step alone, with all taps: what utilisation figures use."""
+    traffic_bytes: float
+    """Least memory traffic of a training step: each layer's output written once, read once by the forward and twice
+    by the backward pass, in `compute_dtype`; parameters and moments read and written, the gradient too."""
     evaluation_flops: float
     """Forward pass of one image in evaluation mode, as XLA counts."""
     state_bytes: int
@@ -71,7 +74,7 @@ class Costs:
 
         Args:
           slots: trials that are on the device.
-          together: how many of them compute at a time: 1 with `map`, `trial_axis.BLOCK` with `vmap`.
+          together: how many of them compute at a time: a formulation's `block`.
         """
         return self.dataset_bytes + slots * self.resident_bytes + min(slots, together) * self.working_bytes
 
@@ -123,6 +126,7 @@ def costs(point: Config, spec: DatasetSpec, convolution: str = "plain") -> Costs
         parameters=parameters,
         step_flops=float(batch * step + update * parameters),
         padded_step_flops=float(batch * net.padded),
+        traffic_bytes=float(4 * batch * net.outputs * computed + 2 * value * (2 + moments) * parameters),
         evaluation_flops=float(net.forward + net.evaluation),
         state_bytes=state,
         activation_bytes=activations,

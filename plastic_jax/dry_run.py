@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from plastic_jax import costs, sampler
-from plastic_jax.config import STATIC
+from plastic_jax import calibration, costs, sampler
+from plastic_jax.config import STATIC, Config
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.plan import ProgramPlan
 from plastic_jax.trial import TUNING_STREAM, Study
-from plastic_jax.trial_axis import choose
+from plastic_jax.trial_axis import Formulation, candidates, formulation
 
 GIB = 2**30
 
@@ -45,12 +45,13 @@ def describe(
     """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation.
 
     A given memory is a limit for the devices at hand, or, `imagined` on a CPU, an accelerator's that is not there.
+    Unless `imagined`, formulations are measured where that pays (`calibration.py`).
     """
     memory, source = device_memory(device_memory_gib)
     devices, backend = jax.local_device_count(), jax.default_backend()
     if imagined and device_memory_gib and backend == "cpu":
         devices, backend = 1, "accelerator"  # not there: planned by the closed forms alone
-    described = [_program(study, p, specs[p.point.dataset], memory, devices, backend) for p in programs]
+    described = [_program(study, p, specs[p.point.dataset], memory, devices, backend, imagined) for p in programs]
     total = {
         key: sum(p[key] for p in described)
         for key in ("trials", "nodes", "steps", "steps_unshared", "examples", "flops", "flops_unshared")
@@ -71,36 +72,27 @@ def describe(
 
 
 def _program(
-    study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str
+    study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str, imagined: bool
 ) -> dict[str, Any]:
-    point = program.point
-    formulation = choose(
-        study.sweep,
-        point,
-        costs.costs(point, spec),
-        leaves=program.leaves,
-        memory=memory,
-        devices=devices,
-        backend=backend,
-    )
-    cost = costs.costs(point, spec, formulation.convolution)
-    used = formulation.devices(devices)
-    needed = cost.device_bytes(formulation.slots // used, formulation.block)
-    if needed > memory:
-        raise InputError(
-            f"--config.width={point.width}, --config.depth={point.depth}, --config.batch_size={point.batch_size}: "
-            f"{formulation.slots // used} trials side by side need about {needed / GIB:.2f} GiB, "
-            f"{cost.dataset_bytes / GIB:.2f} GiB of it for the data, and the device has {memory / GIB:.2f} GiB: take a "
-            "smaller batch, width or depth."
-        )
+    point, sweep = program.point, study.sweep
     steps, unshared = program.shared_steps, program.unshared_steps
     evaluated = _evaluated(study, program, spec)
+    plainly = costs.costs(point, spec)
+    rule = candidates(sweep, point.model, backend)[0]
+    limits: Any = dict(leaves=program.leaves, memory=memory, devices=devices)
+    _check_memory(point, plainly, formulation(rule, sweep, point.model, plainly, **limits), memory, devices)
+    flops = steps * plainly.step_flops + evaluated * plainly.evaluation_flops
+    choice = calibration.choose(sweep, point, spec, flops, backend, measure=not imagined)
+    cost = costs.costs(point, spec, choice.candidate.convolution)
+    chosen = formulation(choice.candidate, sweep, point.model, cost, **limits)
+    used, needed = _check_memory(point, cost, chosen, memory, devices)
     return {
         **{name: getattr(point, name) for name in STATIC},
         "trials": len(program.trials),
         "nodes": len(program.nodes),
-        "batches": -(-program.leaves // formulation.slots),
-        "formulation": dataclasses.asdict(formulation),
+        "batches": -(-program.leaves // chosen.slots),
+        "formulation": dataclasses.asdict(chosen),
+        "calibration": choice.as_dict(),
         "devices_used": used,
         "parameters": cost.parameters,
         "steps": steps,
@@ -113,6 +105,20 @@ def _program(
         "bytes_per_device": needed,
         "memory": "estimate",
     }
+
+
+def _check_memory(point: Config, cost: costs.Costs, chosen: Formulation, memory: int, devices: int) -> tuple[int, int]:
+    """Devices used and bytes of each, or an `InputError` that says what would fit."""
+    used = chosen.devices(devices)
+    needed = cost.device_bytes(chosen.slots // used, chosen.block)
+    if needed > memory:
+        raise InputError(
+            f"--config.width={point.width}, --config.depth={point.depth}, --config.batch_size={point.batch_size}: "
+            f"{chosen.slots // used} trials side by side need about {needed / GIB:.2f} GiB, "
+            f"{cost.dataset_bytes / GIB:.2f} GiB of it for the data, and the device has {memory / GIB:.2f} GiB: take a "
+            "smaller batch, width or depth."
+        )
+    return used, needed
 
 
 def _pretraining_saved(programs: Sequence[ProgramPlan]) -> float:

@@ -16,7 +16,8 @@ from plastic_jax.experiment import Experiment
 OWN = ("preset", "config", "workdir", "data_dir", "dry_run", "overwrite", "wandb", "device_memory_gib")
 
 
-def _refuse(error: object) -> NoReturn:
+def refuse(error: object) -> NoReturn:
+    """Say what is wrong in one sentence and end with exit code 2."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -32,7 +33,7 @@ def _preset(argv: Sequence[str], presets: Sequence[str]) -> str:
     return found
 
 
-def _last_wins(argv: Sequence[str]) -> list[str]:
+def last_wins(argv: Sequence[str]) -> list[str]:
     """Without all but the last `--config.FIELD=...` of a field: ml_collections would join their tuples."""
     last = {a.split("=")[0].lstrip("-"): k for k, a in enumerate(argv) if re.match(r"--?config\.[^=]+=", a)}
     return [a for k, a in enumerate(argv) if last.get(a.split("=")[0].lstrip("-"), k) == k or "=" not in a]
@@ -73,7 +74,8 @@ def _check_arguments(argv: Sequence[str]) -> None:
                 raise InputError(f"--{name} is no flag{hint}")
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str]) -> list[str]:
+    """Absl's parser of flags, with one sentence for what it can't read."""
     try:
         _check_arguments(argv)
         rest = flags.FLAGS(argv)
@@ -81,25 +83,25 @@ def _parse(argv: Sequence[str]) -> list[str]:
             raise InputError(f"{rest[1]!r} is no flag: values go into --config.FIELD=VALUE.")
         return rest
     except (flags.Error, InputError) as error:
-        _refuse(error)
+        refuse(error)
     except (ValueError, TypeError, SyntaxError, KeyError, AttributeError) as error:
-        _refuse(f"the flags cannot be read: {error}")
+        refuse(f"the flags cannot be read: {error}")
 
 
 def main(experiment: Experiment) -> None:
     """Run an experiment from the command line."""
     try:
-        sys.argv[:] = _last_wins(sys.argv)
+        sys.argv[:] = last_wins(sys.argv)
         _define(experiment, sys.argv)
     except InputError as error:
-        _refuse(error)
+        refuse(error)
 
     def run(_: Sequence[str]) -> None:
         f = flags.FLAGS
         try:
             sweep = Sweep.of(f.config.to_dict())
         except InputError as error:  # said before the slow imports
-            _refuse(error)
+            refuse(error)
         from plastic_jax.runner import Interrupted, Options, _run
 
         module = sys.modules["__main__"].__spec__
@@ -110,7 +112,7 @@ def main(experiment: Experiment) -> None:
             logging.set_verbosity(logging.ERROR)
             _run(experiment, sweep, options, lambda text: print(text, flush=True))
         except InputError as error:
-            _refuse(error)
+            refuse(error)
         except KeyboardInterrupt:
             print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
@@ -118,4 +120,4 @@ def main(experiment: Experiment) -> None:
             print(f"Interrupted by {signal_name}; the same command goes on from the checkpoint.", file=sys.stderr)
             sys.exit(130)
 
-    app.run(run, flags_parser=_parse)
+    app.run(run, flags_parser=parse)

@@ -7,7 +7,7 @@ slot and the others wait with a copy of its state. Which node runs where and bes
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -54,24 +54,31 @@ class Compiled:
     """A program's functions over a batch of trials, compiled at their first call."""
 
     core: core.Core
-    chunk: Callable
-    start: Callable
-    place: Callable
-    fit: Callable
+    chunk: trial_axis.Batched
+    start: trial_axis.Batched
+    place: trial_axis.Batched
+    fit: trial_axis.Batched
 
 
 @lru_cache(maxsize=16)
 def _compiled(
-    static: Config, shape: tuple[int, int, int], classes: int, axis: str, convolution: str, mixes: bool, over: Mesh
+    static: Config,
+    shape: tuple[int, int, int],
+    classes: int,
+    axis: str,
+    block: int,
+    convolution: str,
+    mixes: bool,
+    over: Mesh,
 ) -> Compiled:
     """Made once in a process for equal static values."""
     one = core.Core(static, shape, classes, convolution, mixes)
     return Compiled(
         one,
-        trial_axis.over_trials(one.chunk, axis, over, donate=(0,)),
-        trial_axis.over_trials(one.start, axis, over, donate=(0,)),
-        trial_axis.over_trials(one.place, axis, over, donate=(0,)),
-        trial_axis.over_trials(one.fit, axis, over),
+        trial_axis.over_trials(one.chunk, axis, over, donate=(0,), block=block),
+        trial_axis.over_trials(one.start, axis, over, donate=(0,), block=block),
+        trial_axis.over_trials(one.place, axis, over, donate=(0,), block=block),
+        trial_axis.over_trials(one.fit, axis, over, block=block),
     )
 
 
@@ -98,6 +105,7 @@ class ProgramRun:
             dataset.spec.shape,
             dataset.spec.classes,
             formulation.trial_axis,
+            formulation.block,
             formulation.convolution,
             program.mixes,
             self.mesh,
@@ -390,6 +398,20 @@ class ProgramRun:
                 else:
                     array[i] = max(1, node.stage.prefix) if name == "prefix" else getattr(node.stage, name)
         return arrays
+
+    def lower_chunk(self) -> Any:
+        """The chunk's program as JAX lowers it, for XLA's analyses."""
+        if self._stage is None:
+            self._deal()
+        target = trial_axis.sharded(np.zeros(len(self.slots), np.int32), self.mesh)
+        rest = {"sample": self._sample, "stage": self._stage, "target": target}
+        return self._compiled.chunk.lower({"state": self._state}, rest, self._data)
+
+    def chunk_bytes(self) -> int:
+        """What a chunk needs on one device, as XLA has laid it out: arguments, results and temporaries."""
+        found: Any = self.lower_chunk().compile().memory_analysis()
+        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return kept + found.temp_size_in_bytes
 
     # What a checkpoint holds
 

@@ -249,7 +249,7 @@ def test_an_evaluation_is_what_the_compiler_finds(point, shape):
     ],
 )
 def test_bytes_are_about_what_the_compiler_needs(point, of, axis, slots, convolution):
-    found = costs(point, of, convolution).device_bytes(slots, trial_axis.BLOCK if axis == "vmap" else 1)
+    found = costs(point, of, convolution).device_bytes(slots, trial_axis.BLOCKS[axis])
     memory = compiled_chunk(point, of, axis, slots, convolution).memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed += memory.temp_size_in_bytes

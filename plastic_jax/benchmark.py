@@ -1,0 +1,352 @@
+"""The throughput benchmark: our core in each formulation against what a user would run instead.
+
+All rows train the same network on the same synthetic data and are timed in turns, round after round; PyTorch's rows in
+processes of their own, one at a time, while JAX waits. A row's figure is the median over rounds, its spread the
+smallest and largest. Rates of a large matrix product and of a copy, measured in the same rounds, are the yardsticks.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from plastic_jax import backend, calibration, core, costs, models, torch_ways, trial_axis
+from plastic_jax.config import Config, Sweep
+from plastic_jax.data import Dataset, DatasetSpec
+from plastic_jax.dry_run import device_memory
+from plastic_jax.errors import InputError
+from plastic_jax.torch_worker import Work
+from plastic_jax.trial_axis import Candidate, Formulation
+
+SPECS = {
+    "mlp": DatasetSpec("synthetic", 60_000, 10_000, (28, 28, 1), 10),  # as Fashion-MNIST
+    "resnet": DatasetSpec("synthetic", 50_000, 10_000, (32, 32, 3), 10),  # as CIFAR-10
+}
+BATCHES = 16  # of the train set that is trained on
+ROUNDS, SECONDS = 5, 0.5  # samples of a row, and how long each should take
+OBVIOUS, ONE = "jax, the obvious program", "jax, one trial at a time"
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to train `trials` trials.
+
+    `train(n)` trains for n steps (our core: n epochs) and gives seconds and trial-steps.
+    """
+
+    name: str
+    trials: int
+    start: Callable[[], Any]
+    ours: bool = False
+    note: str = ""
+    compile_seconds: float = 0.0
+    bytes: int = 0
+    n: int = 1
+    samples: list[float] = dataclasses.field(default_factory=list)  # seconds a trial-step
+    train: Any = None
+    close: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        """Compile, and find how many steps a sample takes."""
+        before = time.perf_counter()
+        self.train, self.bytes, self.close = self.start()
+        self.train(1)
+        self.compile_seconds = time.perf_counter() - before
+        seconds, steps = self.train(1)
+        self.n = max(1, int(SECONDS / max(seconds, 1e-6)))
+        if seconds > SECONDS and steps <= self.trials:
+            self.note = "slow: one step a sample"
+
+    def sample(self) -> None:
+        """Time some steps."""
+        seconds, steps = self.train(self.n)
+        self.samples.append(seconds / steps)
+
+
+def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: Sequence[Any]) -> Row:
+    """Our core with that formulation; trials beside each other are at least a block a device, at most `trials`."""
+    slots = max(1, trials // (choice.block * len(devices))) * choice.block * min(len(devices), max(1, trials))
+
+    def start() -> Any:
+        # A step an epoch where steps are slow: else a chunk would have 16 at least.
+        dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
+        short = calibration.synthetic(SPECS[point.model], point.batch_size)
+        form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)
+        slow = choice.convolution == "plain" and point.model == "resnet" and devices[0].platform == "cpu"
+        run = calibration.trainer(point, short if slow else dataset, form, devices)
+        each = 1 if slow else BATCHES
+
+        def train(epochs: int) -> tuple[float, int]:
+            return calibration.train(run, epochs), epochs * each * slots
+
+        train(1)
+        return train, run.chunk_bytes(), lambda: None
+
+    return Row(name, slots, start, ours=True)
+
+
+def obvious_row(point: Config, trials: int) -> Row:
+    """A scan over steps of vmap over trials, of the network as Flax writes it and Optax's optimiser."""
+
+    def start() -> Any:
+        step, state, data = _plain_step(point)
+        states = jax.vmap(state)(jnp.arange(trials))
+
+        def many(states: Any, keys: jax.Array) -> Any:
+            return jax.lax.scan(lambda s, key: (jax.vmap(lambda one: step(one, key, data))(s), None), states, keys)[0]
+
+        compiled = jax.jit(many, donate_argnums=0)
+
+        def train(steps: int) -> tuple[float, int]:
+            nonlocal states
+            keys = jax.random.split(jax.random.key(steps), steps)
+            begin = time.perf_counter()
+            states = jax.block_until_ready(compiled(states, keys))
+            return time.perf_counter() - begin, steps * trials
+
+        return train, 0, lambda: None
+
+    return Row(OBVIOUS, trials, start)
+
+
+def one_row(point: Config) -> Row:
+    """A Python loop over a jitted step of one trial."""
+
+    def start() -> Any:
+        step, state, data = _plain_step(point)
+        one = state(0)
+        compiled = jax.jit(step, donate_argnums=0)
+
+        def train(steps: int) -> tuple[float, int]:
+            nonlocal one
+            keys = list(jax.random.split(jax.random.key(steps), steps))
+            begin = time.perf_counter()
+            for key in keys:
+                one = compiled(one, key, data)
+            jax.block_until_ready(one)
+            return time.perf_counter() - begin, steps
+
+        return train, 0, lambda: None
+
+    return Row(ONE, 1, start)
+
+
+def _plain_step(point: Config) -> tuple[Any, Any, Any]:
+    """What a user would write: Flax's layers, Optax's optimiser, a random batch of resident images."""
+    data = core.resident(calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES))
+    data = {name: jnp.asarray(data[name]) for name in ("train_images", "train_labels")}
+    sizes = dict(width=point.width, depth=point.depth, norm=point.norm, initialisation=point.initialisation)
+    net = models.build(point.model, **sizes, compute_dtype=point.compute_dtype, classes=SPECS[point.model].classes)  # pyright: ignore
+    rate = point.learning_rate
+    optimiser = {
+        "adam": optax.adam(rate), "rmsprop": optax.rmsprop(rate), "sgd": optax.sgd(rate),
+        "momentum": optax.sgd(rate, 0.9),
+    }[point.optimizer]  # fmt: skip
+
+    def state(seed: Any) -> Any:
+        variables = models.init(net, jax.random.key(seed), SPECS[point.model].shape)
+        return variables, optimiser.init(variables["params"])
+
+    def step(state: Any, key: jax.Array, data: Any) -> Any:
+        variables, moments = state
+        chosen = jax.random.randint(key, (point.batch_size,), 0, len(data["train_labels"]))
+        images = core.normalise(data["train_images"][chosen], jnp.float32)
+
+        def loss(params: Any) -> Any:
+            logits, stats = models.apply(net, {**variables, "params": params}, images, train=True)
+            labels = data["train_labels"][chosen]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
+
+        gradients, stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, moments = optimiser.update(gradients, moments)
+        return {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}, moments
+
+    return step, state, data
+
+
+def torch_row(name: str, python: str, work: Work, processes: int) -> Row:
+    """One of PyTorch's ways."""
+
+    def start() -> Any:
+        way = torch_ways.Way(python, work, processes)
+        way.train(1)
+        return way.train, way.peak_bytes(), way.close
+
+    return Row(name, processes, start)
+
+
+def yardsticks(devices: Sequence[Any], dtype: str) -> dict[str, Callable[[], float]]:
+    """Functions that measure FLOP/s of a large matrix product and bytes/s of a copy, all devices together."""
+    cpu = devices[0].platform == "cpu"
+    over = trial_axis.mesh(devices)
+    side, copied = (1024, 2**24) if cpu else (8192, 2**28)
+    square = np.ones((len(devices), side, side), np.float32)
+    matrices = trial_axis.sharded(square, over).astype(jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
+    vectors = trial_axis.sharded(np.ones((len(devices), copied), np.float32), over)
+
+    def spread(function: Callable) -> Callable:
+        along = jax.sharding.PartitionSpec("trials")
+        return jax.jit(jax.shard_map(function, mesh=over, in_specs=along, out_specs=along))
+
+    multiply, copy = spread(lambda m: m @ m), spread(lambda v: v * 1.5)
+
+    def rate(function: Callable, argument: Any, amount: float) -> float:
+        begin = time.perf_counter()
+        for _ in range(4):
+            out = function(argument)
+        jax.block_until_ready(out)
+        return 4 * amount / (time.perf_counter() - begin)
+
+    jax.block_until_ready((multiply(matrices), copy(vectors)))
+    return {
+        "matmul_flops": lambda: rate(multiply, matrices, 2 * side**3 * len(devices)),
+        "copy_bytes": lambda: rate(copy, vectors, 2 * 4 * copied * len(devices)),
+    }
+
+
+def flops_check(point: Config, dataset: Dataset) -> float:
+    """FLOPs of one compiled training step as XLA counts them, over the closed form's."""
+    one = core.Core(point, SPECS[point.model].shape, SPECS[point.model].classes, "plain")
+    n = len(dataset.train_labels)
+    stage = {"learning_rate": 1e-3, "weight_decay": 0.0, "steps": 10}
+    sample = {"ids": np.arange(n), "labels": dataset.train_labels}
+
+    def step(state: Any, local: jax.Array, trial: Any, data: Any) -> Any:
+        sums = {"loss": jnp.zeros(()), "correct": jnp.int32(0), "count": jnp.int32(0)}
+        return one._step(state, sums, trial, local, data)
+
+    state = {k: v for k, v in jax.eval_shape(lambda: one.init(jnp.uint32(0))).items() if k not in ("epoch", "done")}
+    local = jax.ShapeDtypeStruct((point.batch_size,), jnp.int32)
+    trial = jax.tree.map(jnp.asarray, {"stage": stage, "sample": sample})
+    lowered = jax.jit(step).lower(state, local, trial, core.resident(dataset))
+    found: Any = lowered.compile().cost_analysis()
+    return found["flops"] / costs.costs(point, SPECS[point.model]).step_flops
+
+
+def check(point: Config, trials: Sequence[int]) -> None:
+    """Refuse trials that do not fit the device, and say how many would.
+
+    Raises:
+      InputError: too many trials.
+    """
+    memory, _ = device_memory(0.0)
+    cost, devices = costs.costs(point, SPECS[point.model]), jax.local_device_count()
+    for count in trials:
+        if cost.device_bytes(-(-count // devices), 1) > memory:
+            most = max(0, int((memory - cost.dataset_bytes - cost.working_bytes) // cost.resident_bytes)) * devices
+            raise InputError(
+                f"--config.trials={tuple(trials)} is not allowed: {count} trials of width {point.width} and batch "
+                f"{point.batch_size} do not fit {devices} x {memory / 2**30:.1f} GiB; at most {most} do."
+            )
+
+
+def rows_of(point: Config, trials: Sequence[int], python: str | None, devices: Sequence[Any]) -> list[Row]:
+    """The rows for one network, the most telling first."""
+    kind, cpu = jax.default_backend(), devices[0].platform == "cpu"
+    sweep = Sweep.of({"model": point.model})
+    found = trial_axis.candidates(sweep, point.model, kind)
+    several = max(t for t in trials if t <= 16) if min(trials) <= 16 else min(trials)
+    chosen = found[0]
+    if len(found) > 1:
+        measured = calibration.measure_all(point, SPECS[point.model], found)
+        chosen = calibration._best(found, measured)
+    rows = [core_row(f"ours, as chosen ({chosen})", point, chosen, several, devices)]
+    if python:
+        spec = SPECS[point.model]
+        same = ("model", "width", "depth", "norm", "batch_size", "optimizer")
+        sizes: Any = {name: getattr(point, name) for name in same}
+        work = Work(**sizes, shape=spec.shape, classes=spec.classes, device="cpu" if cpu else "cuda")
+        rows += [torch_row(name, python, *way) for name, way in torch_ways.ways(work, len(devices)).items()]
+    rows += [one_row(point)]
+    axes = [("map", 1), ("vmap", 8), ("unroll", 4)]
+    convolutions = ("products", "mended", "plain") if point.model == "resnet" else ("plain",)
+    others = [Candidate(axis, convolution, block) for convolution in convolutions for axis, block in axes]
+    for other in others:
+        if other != chosen:
+            slow = cpu and point.model == "resnet" and (other.convolution == "plain" or other.trial_axis == "vmap")
+            few = other.block * len(devices) if slow else several
+            rows.append(core_row(f"ours, {other}", point, other, few, devices))
+    rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
+    rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
+    rows += [core_row(f"ours, as chosen, {t} trials", point, chosen, t, devices) for t in trials if t != several]
+    return rows
+
+
+def compare(
+    point: Config, trials: Sequence[int], python: str | None, minutes: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure all rows for one network within so many minutes; what does not fit is left out and named."""
+    devices, end = jax.local_devices(), time.monotonic() + 60 * minutes
+    label = f"{point.model} width {point.width}, batch {point.batch_size}"
+    rows, left_out = [], []
+    for row in rows_of(point, trials, python, devices):
+        if time.monotonic() > end - 18 * minutes:  # the rest of the time is for the samples
+            left_out.append(f"{row.name} (no time)")
+            continue
+        try:
+            row.begin()
+        except (RuntimeError, ValueError) as error:
+            left_out.append(f"{row.name} ({str(error).splitlines()[0][:120]})")
+            continue
+        say(f"{label}: {row.name}: ready after {row.compile_seconds:.1f} s")
+        rows.append(row)
+    sticks = yardsticks(devices, point.compute_dtype)
+    rates: dict[str, list[float]] = {name: [] for name in sticks}
+    for number in range(ROUNDS):
+        if number > 1 and time.monotonic() > end:
+            break
+        for row in rows:
+            if number < 2 or time.monotonic() < end:
+                row.sample()
+        for name, stick in sticks.items():
+            rates[name].append(stick())
+    for row in rows:
+        row.close()
+    dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
+    cost, seen = (
+        costs.costs(point, SPECS[point.model]),
+        {name: statistics.median(values) for name, values in rates.items()},
+    )
+    times = {row.name: statistics.median(row.samples) for row in rows}
+    torch = [t for name, t in times.items() if name.startswith("pytorch")]
+    table = []
+    for row in rows:
+        seconds = times[row.name]
+        table.append(
+            {
+                "row": row.name,
+                "trials": row.trials,
+                "images_per_second": point.batch_size / seconds,
+                "ms_per_trial_step": 1e3 * seconds,
+                "spread_ms": [1e3 * min(row.samples), 1e3 * max(row.samples)],
+                "samples": len(row.samples),
+                "over_one_at_a_time": times[ONE] / seconds if ONE in times else None,
+                "over_best_pytorch": min(torch) / seconds if torch else None,
+                "over_obvious": times[OBVIOUS] / seconds if OBVIOUS in times else None,
+                "of_matmul_rate": cost.padded_step_flops / seconds / seen["matmul_flops"],
+                "of_memory_rate": cost.traffic_bytes / seconds / seen["copy_bytes"],
+                "compile_seconds": row.compile_seconds,
+                "peak_bytes": row.bytes,
+                "note": row.note,
+            }
+        )
+    return {
+        "model": point.model,
+        "width": point.width,
+        "depth": point.depth,
+        "batch_size": point.batch_size,
+        "step_flops": cost.step_flops,
+        "padded_step_flops": cost.padded_step_flops,
+        "traffic_bytes": cost.traffic_bytes,
+        "compiled_flops_over_closed_form": flops_check(point, dataset),
+        "rates": seen,
+        "rows": table,
+        "left_out": left_out,
+        "device": backend.device(),
+    }

@@ -1,0 +1,147 @@
+"""Choosing a program's formulation by measuring, before its first step.
+
+The candidates of `trial_axis.candidates` train a synthetic data set of the program's shapes in turns, and the fastest
+is taken if it is clearly faster than the one that the rule names. What was measured is remembered in the user's cache
+folder, by device, versions, model and shapes. Where a run is too short for measuring to pay, the rule decides.
+"""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from plastic_jax import backend, plan, trial
+from plastic_jax.config import FIELDS, STATIC, Config, Sweep
+from plastic_jax.data import Dataset, DatasetSpec
+from plastic_jax.results import replace_file
+from plastic_jax.train import ProgramRun
+from plastic_jax.trial_axis import Candidate, Formulation, candidates
+
+WORTH = {"cpu": 2e13}
+"""FLOPs of a program from which on measuring pays: about ten minutes of two CPU cores; elsewhere `WORTH_ELSEWHERE`."""
+WORTH_ELSEWHERE = 1e16
+CLEARLY = 0.95
+"""What another candidate's time must be below, in times of the rule's own, to be taken: less may be noise."""
+SECONDS, ROUNDS = 0.4, 5  # of a sample, and samples of each candidate
+_BATCHES = 4  # of the synthetic train set
+_TESTS = 8
+_UNMEASURED = ("dataset", "train_examples", "validation_fraction", "schedule", "initialisation")  # do not set the pace
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The candidate taken, how (`set`, `rule`, `measured`, `remembered`, `to be measured`), and ms a trial-step."""
+
+    candidate: Candidate
+    source: str
+    milliseconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For plan.json."""
+        return {"source": self.source, "milliseconds": self.milliseconds}
+
+
+def choose(sweep: Sweep, point: Config, spec: DatasetSpec, flops: float, kind: str, *, measure: bool) -> Choice:
+    """The formulation for a program of so many `flops` on the devices at hand.
+
+    Args:
+      sweep: its trial_axis and convolution are kept to.
+      point: the program's static values.
+      spec: sizes of its data set.
+      flops: what all of the program computes.
+      kind: the backend, as `jax.default_backend()`; another one is planned for by the rule.
+      measure: whether to measure what is not remembered; False for a dry run.
+    """
+    found = candidates(sweep, point.model, kind)
+    if len(found) == 1:
+        return Choice(found[0], "set" if "auto" not in (sweep.trial_axis, sweep.convolution) else "rule", {})
+    if flops < WORTH.get(kind, WORTH_ELSEWHERE) or kind != jax.default_backend():
+        return Choice(found[0], "rule", {})
+    file = backend.cache() / "calibration" / f"{_key(point, spec, found)}.json"
+    remembered = _read(file, found)
+    if remembered:
+        return Choice(_best(found, remembered), "remembered", remembered)
+    if not measure:
+        return Choice(found[0], "to be measured", {})
+    measured = measure_all(point, spec, found)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, json.dumps({"device": backend.device(), "milliseconds": measured}).encode())
+    return Choice(_best(found, measured), "measured", measured)
+
+
+def _best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidate:
+    """The fastest, or the first one where no other is clearly faster."""
+    fastest = min(found, key=lambda c: milliseconds[str(c)])
+    return fastest if milliseconds[str(fastest)] < CLEARLY * milliseconds[str(found[0])] else found[0]
+
+
+def _key(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> str:
+    values = {name: getattr(point, name) for name in STATIC if name not in _UNMEASURED}
+    where = [backend.device(), jax.__version__, list(spec.shape), spec.classes, [str(c) for c in found]]
+    return hashlib.sha256(json.dumps([values, where], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(file: Any, found: Sequence[Candidate]) -> dict[str, float]:
+    """What was measured before; empty where nothing was, or where the file is damaged."""
+    try:
+        held = {str(c): float(json.loads(file.read_text())["milliseconds"][str(c)]) for c in found}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return held if all(0 < value < float("inf") for value in held.values()) else {}
+
+
+def synthetic(spec: DatasetSpec, examples: int, tests: int = _TESTS) -> Dataset:
+    """A data set of random bytes and labels with those shapes; [examples, H, W, C]."""
+    random = np.random.default_rng(0)
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        images = random.integers(0, 256, (count, *spec.shape), dtype=np.uint8)
+        return images, random.integers(0, spec.classes, count).astype(np.int32)
+
+    sizes = dataclasses.replace(spec, train_examples=examples, test_examples=tests)
+    return Dataset(sizes, *split(examples), *split(tests))
+
+
+def trainer(point: Config, dataset: Dataset, form: Formulation, devices: Sequence[Any]) -> ProgramRun:
+    """The core on that data set with as many fresh trials as slots, which do not end."""
+    longest = (2**31 - 1 - point.batch_size) // len(dataset.train_labels) - 1
+    values = {name: getattr(point, name) for name in FIELDS if FIELDS[name].metadata["kind"] == "static"}
+    values |= dict(train_examples=0, validation_fraction=0.0, warm_start_epochs=0, tuning_epochs=longest)
+    values |= dict(metric_epochs=1, seeds=form.slots, equal_updates=False, dataset=dataset.spec.name)
+    study = trial.study(Sweep.of(values), {dataset.spec.name: dataset.spec}, {"warm_start_epochs": 0})
+    (program,) = plan.programs(study)
+    return ProgramRun(program, dataset, form, devices, 1)
+
+
+def train(run: ProgramRun, epochs: int) -> float:
+    """Seconds that all trials of a `trainer` take for so many epochs."""
+    run.eval_every = epochs
+    begin = time.perf_counter()
+    run.step()
+    run.flush()
+    return time.perf_counter() - begin
+
+
+def measure_all(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> dict[str, float]:
+    """Milliseconds a trial-step of each candidate: medians of samples taken in turns."""
+    devices = jax.local_devices()
+    dataset = synthetic(spec, _BATCHES * point.batch_size)
+    together = max(c.block for c in found)  # the same number of trials for all
+    runs, epochs = {}, {}
+    for c in found:
+        form = Formulation(c.trial_axis, c.convolution, together * len(devices), c.block)
+        runs[c] = trainer(point, dataset, form, devices)
+        train(runs[c], 1)  # compiles
+        epochs[c] = max(1, round(SECONDS / train(runs[c], 1)))
+    samples: dict[Candidate, list[float]] = {c: [] for c in found}
+    for _ in range(ROUNDS):
+        for c in found:
+            steps = epochs[c] * _BATCHES * together * len(devices)
+            samples[c].append(1e3 * train(runs[c], epochs[c]) / steps)
+    return {str(c): round(statistics.median(samples[c]), 4) for c in found}
