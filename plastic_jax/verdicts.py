@@ -136,9 +136,8 @@ def _serves(key: tuple, other: tuple) -> bool:
 
 def _missing(claim: Claim, levels: Levels) -> str:
     """Why the levels at hand cannot support the claim; empty where they can."""
-    if absent := claim.needs - set(levels):
-        return "not supported without " + ", ".join(sorted(_text(level) for level in absent))
-    return f"not supported with fewer than {claim.least} levels" if len(levels) < claim.least else ""
+    absent = sorted(_text(level) for level in claim.needs - set(levels))
+    return "not supported without " + ", ".join(absent) if absent else ""
 
 
 def _text(level: Any) -> str:
@@ -225,9 +224,10 @@ def _seeds(row: Row, tests: int) -> int | None:
 
 
 def _scope(row: Row) -> str:
-    """`paper` where every field has a value of the experiment's preset `paper`, else `other`."""
+    """`paper` where every field has a value of the experiment's preset `paper`, and no control's, else `other`."""
     paper = row.evidence.paper
     same = all(value in paper.get(name, (value,)) for name, value in row.setting.items())
+    same &= all(row.setting[name] == value for name, value in row.claim.paper.items())
     if row.claim.longest:
         lengths = {row.evidence.values[arm]["warm_start_epochs"] for arm in row.levels.values()}
         same &= lengths == {max(paper["warm_start_epochs"])}
@@ -250,7 +250,7 @@ def _as_dict(row: Row, verdict: str, p_support: float, p_refute: float, rows: in
         "source": claim.source,
         "text": claim.text,
         "verdict": verdict,
-        "says": f"{verdict} for {where}" + (f", {owner} setting" if scope == "paper" else f", not {owner} setting"),
+        "says": f"{verdict} for {where} ({'' if scope == 'paper' else 'not '}{owner} setting)",
         "scope": scope,
         "notes": list(row.notes),
         "experiment": claim.experiment,
