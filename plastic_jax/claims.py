@@ -50,7 +50,8 @@ quarter is left, 0.325 points beyond either threshold. Equivalence: no differenc
 `seeds_needed` is for a table of this row alone, `seeds_needed_in_table` for the first step of this table's correction.
 
 **Scope.** A verdict is about its own model and data set. It is about the paper's setting (`scope` "paper") only where
-every field has a value of the experiment's preset `paper` (and no control's, as a falling learning rate). No MLP refutes a claim about a ResNet.
+every field has a value of the experiment's preset `paper`, and none a control's, such as a falling learning rate. No
+MLP refutes a claim about a ResNet.
 """
 
 import itertools
@@ -114,8 +115,8 @@ class Claim:
     claim speaks of; it is judged within each combination of the others. `bounds`: of the effect's mean, in its unit;
     `distance`: between the size expected and the finite bound (for the number of seeds; 0: no effect expected).
     `needs`: levels without which it is not supported; with fewer levels than `fewest` it is not judged. `longest`:
-    only arms with the most pretraining epochs count. `falls`: levels in descending order. `paper`: the paper's own value
-    of a field of which the preset holds controls too.
+    only arms with the most pretraining epochs count. `falls`: levels in descending order. `paper`: the paper's own
+    value of a field of which the preset holds controls too.
     """
 
     name: str

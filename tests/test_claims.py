@@ -57,7 +57,8 @@ def made(
     """A finished run: a fresh arm, and `arms` with their values and true gaps (exact as means over the seeds).
 
     `spread`: standard deviation of the gaps, in 0.2 points. `epochs`: each arm's epochs to 99 % train accuracy, the
-    fresh one's first, a number or one a seed; None: never. `diverged`: seeds of each arm that diverged. `control`: what the fresh arm gains until equal updates.
+    fresh one's first, a number or one a seed; None: never. `diverged`: seeds of each arm that diverged. `control`: what
+    the fresh arm gains until equal updates.
     """
     base = {**canonical(Config()), "warm_start_epochs": 0, **EXTRA.get(name, {}), **(common or {}), **(fresh or {})}
     values = [base] + [{**base, **(common or {}), **own} for own, _ in arms]
