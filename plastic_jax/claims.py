@@ -33,6 +33,11 @@ within the row. A claim that names its levels (all four optimisers, the head alo
 is not supported without them. A trend of fewer than three levels (the fresh arm is one, at 0 stages) and an "at every"
 of fewer than two are not judged.
 
+**What the paper leaves open**, and is fixed here: "small subsets" are one or two of the six modules, and networks with
+another number of modules are not judged on figures 6 and 11; "5-10 epochs" is the longest pretraining from 5 to 10;
+epochs are compared by their ratio, a geometric mean over seeds; levels of a trend count as equally spaced; figures 1
+and 2 are about Adam, figure 4 left about r = 1.
+
 **Several rows.** Each row has two p-values, one of the test whose rejection supports it and one of the test whose
 rejection refutes it. Holm's correction runs over both p-values of all rows of the table; rows that cannot be judged
 count with p = 1. A verdict takes an adjusted p-value of at most 0.05. So the probability of any false verdict in the
