@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from plastic_jax.plan import Node, ProgramPlan
+from plastic_jax.results import Setting
 from plastic_jax.train import Records
 from plastic_jax.trial import Study
 
@@ -16,6 +17,18 @@ def columns(study: Study) -> list[str]:
     held = VALIDATION if any(study.sweep.values["validation_fraction"]) else ()
     head = ["trial", "arm", "seed", *study.swept, "stage", "epoch", "step", "examples_seen"]
     return [*head, *METRICS, *held, "fit_accuracy", "diverged"]
+
+
+def setting(study: Study) -> Setting:
+    """What the statistics need to know of a study."""
+    return Setting(
+        swept=study.swept,
+        arms=tuple({"arm": arm.arm, **arm.values} for arm in study.arms),
+        fresh={arm.arm: arm.fresh for arm in study.arms},
+        metric_epochs=study.sweep.metric_epochs,
+        equal_updates=study.sweep.equal_updates,
+        eval_every=study.sweep.eval_every,
+    )
 
 
 def rows(study: Study, program: ProgramPlan, records: Records, only: Iterable[int] | None = None) -> Iterator[dict]:

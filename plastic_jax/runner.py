@@ -343,7 +343,7 @@ class Training:
 
     def _report(self, tracker: tracking.Tracker) -> None:
         table = results.read(self.path / "results.parquet")
-        setting = self._setting()
+        setting = rows.setting(self.study)
         summary = results.summary(table, setting)
         workdir.write_json(self.path / "summary.json", summary)
         drawn = [
@@ -365,16 +365,6 @@ class Training:
         tracker.finish(table, summary)
         self.say("\n" + report.terminal_table(summary, setting))
         self.say("Figures: " + ", ".join(str(f.path) for f in drawn) + f"\nReport:  {page}")
-
-    def _setting(self) -> results.Setting:
-        return results.Setting(
-            swept=self.study.swept,
-            arms=tuple({"arm": arm.arm, **arm.values} for arm in self.study.arms),
-            fresh={arm.arm: arm.fresh for arm in self.study.arms},
-            metric_epochs=self.study.sweep.metric_epochs,
-            equal_updates=self.study.sweep.equal_updates,
-            eval_every=self.study.sweep.eval_every,
-        )
 
     def _subtitle(self) -> str:
         values = self.study.sweep.values
