@@ -62,6 +62,7 @@ def describe(
         "backend": backend,
         "device_memory_bytes": memory,
         "device_memory": source,
+        "stage_sizes": "estimate" if study.estimated else "exact",
         **total,
         "sharing_saves": 1 - total["steps"] / total["steps_unshared"],
         "sharing_saves_pretraining": _pretraining_saved(programs),
@@ -189,4 +190,9 @@ def table_of(described: Mapping[str, Any]) -> str:
         f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
         f"({d['device_memory']})."
     )
+    if d["stage_sizes"] == "estimate":
+        text.append(
+            "Stage sizes, and so steps, are estimates for classes of one size: with uniform_fraction below 1 they "
+            "depend on each seed's labels."
+        )
     return "\n".join(text)

@@ -133,6 +133,12 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
                     say(f"Nothing was trained. The whole plan is in {path / 'plan.json'}.")
                 return None
         sets = {name: data.load(name, options.data_dir) for name in specs}
+        if study.estimated:
+            study = trial.study(sweep, specs, of.fresh, {name: s.train_labels for name, s in sets.items()})
+            programs = plan.programs(study)
+            if not going_on:
+                described = describe(study, programs, specs, options.device_memory_gib)
+                formulations = [Formulation(**p["formulation"]) for p in described["programs"]]
         if going_on:
             _check_data(path, sets)
             _note_session(path, options)
