@@ -209,6 +209,37 @@ def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     return metrics.reset_index()
 
 
+def epochs_to_accuracy(table: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """Training speed: one row per trial that did not diverge, sorted by trial (the paper's figure 11).
+
+    `trial`, `arm`, `seed`; `epochs` of the tuning stage until an epoch's train accuracy is at least
+    `accuracy`, or all of its epochs; `reached`: whether it was (else the number is censored).
+    """
+    tuning = table[table["stage"] == TUNING].sort_values(["trial", "step"])
+    diverged = set(table.loc[table["diverged"] & (table["stage"] != CONTINUED), "trial"])
+    tuning = tuning[~tuning["trial"].isin(diverged)]
+    tuning = tuning.assign(epochs=_whole_epochs(tuning), reached=tuning["train_accuracy"] >= accuracy - _EPSILON)
+    first = tuning[tuning["reached"]].groupby("trial").head(1)
+    never = tuning[~tuning["trial"].isin(first["trial"])].groupby("trial").tail(1)
+    found = pd.concat([first, never]).sort_values("trial", ignore_index=True)
+    return found[["trial", "arm", "seed", "epochs", "reached"]]
+
+
+def median_interval(values: np.ndarray) -> list[float] | None:
+    """Interval of a median of at least 95 %, from order statistics; None below 6 values.
+
+    It holds for any distribution, and with values censored at a common limit: the interval is then
+    censored where it ends there.
+    """
+    from scipy import stats
+
+    below = int(stats.binom.ppf(0.025, len(values), 0.5))  # P(fewer than this many lie below) <= 2.5 %
+    if below < 1:
+        return None
+    ordered = np.sort(values)
+    return [float(ordered[below - 1]), float(ordered[-below])]
+
+
 def pairs(table: pd.DataFrame, setting: Setting, metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
     """The pairs of an arm and its fresh arm: one row per seed of which both halves are sound.
 
