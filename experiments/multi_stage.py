@@ -28,7 +28,7 @@ QUICKSTART = {
     "uniform_fraction": (1.0, 0.5, 0.0),
     "seeds": 24,
 }
-# r is the paper's; n, its combinations with r and the cap of 350 epochs a stage are ours.
+# The values of n and r and the cap of 350 epochs a stage are ours.
 PAPER = dict(COMMON, pretraining_stages=(0, 1, 2, 4, 9), uniform_fraction=(1.0, 0.75, 0.5, 0.25, 0.0))
 
 

@@ -23,7 +23,14 @@ COMMON = dict(
     eval_every=1000,  # at the stages' ends alone
     equal_updates=False,
 )
-QUICKSTART = {**warm_start.QUICKSTART, **COMMON, "chunk_examples": 50, "tuning_epochs": 300, "seeds": 32}
+QUICKSTART = {
+    **warm_start.QUICKSTART,  # the same data and network
+    **COMMON,
+    "warm_start_epochs": 0,  # without effect
+    "chunk_examples": 50,
+    "tuning_epochs": 300,
+    "seeds": 32,
+}
 PAPER = dict(COMMON, chunk_examples=5000, tuning_epochs=350)  # sizes and the cap are ours
 
 
