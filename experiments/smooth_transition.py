@@ -12,7 +12,7 @@ every gamma.
 from typing import Any
 
 from experiments import warm_start
-from plastic_jax import figures
+from plastic_jax import arm_figures, figures
 from plastic_jax.entry import main
 from plastic_jax.experiment import Drawing, Experiment, Table
 from plastic_jax.results import Setting
@@ -31,7 +31,8 @@ PAPER = dict(COMMON, gamma=(0.1, 0.3, 0.5, 0.7, 0.9))
 
 
 def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
-    """The gap against gamma."""
+    """Gap and test accuracy against gamma."""
+    label = "gamma: the larger, the longer the subset prevails"
     gaps = figures.gap_curve(
         table,
         summary,
@@ -39,10 +40,13 @@ def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle
         x="gamma",
         line=None,
         title=f"Generalisation gap of a smooth transition\n{subtitle}",
-        xlabel="gamma: the larger, the longer the subset prevails",
+        xlabel=label,
     )
+    title = f"Test accuracy of a smooth transition\n{subtitle}"
+    accuracy = arm_figures.accuracy_against(table, setting, [arm_figures.Panel("gamma", label)], title)
     return [
-        ("gap", "Generalisation gap against gamma, to the same sampler with gamma = 0 (the paper's figure 3).", gaps)
+        ("gap", "Generalisation gap against gamma, to the same sampler with gamma = 0 (the paper's figure 3).", gaps),
+        ("accuracy", "Test accuracy against gamma (0: fresh), and of an ordinary fresh network beside it.", accuracy),
     ]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ INITIALISATIONS = ("pytorch", "he", "lecun")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("adam", "rmsprop", "sgd", "momentum")
 SCHEDULES = ("constant", "cosine", "linear")
+INTERVENTIONS = ("none", "reinitialise")
 
 
 def _field(
@@ -63,14 +65,20 @@ class Config:
     weight_decay: float = _field(0.0, "dynamic", "weight decay, as L2 in the gradient", low=0.0)
     decoupled: bool = _field(False, "static", "weight decay apart from the gradient (AdamW) instead")
     batch_size: int = _field(128, "static", "examples a step", low=1)
-    pretraining_fraction: float = _field(0.5, "dynamic", "share of the train set that the pretraining stage sees", above=0.0, high=1.0)
-    warm_start_epochs: int = _field(350, "dynamic", "pretraining epochs: passes over the pretraining subset; 0 = fresh", low=0)
+    pretraining_fraction: float = _field(0.5, "dynamic", "share of the train set that a single pretraining stage sees (with `uniform_fraction` = 1; else without effect)", above=0.0, high=1.0)
+    warm_start_epochs: int = _field(350, "dynamic", "epochs of each pretraining stage: passes over its own subset; 0 = fresh", low=0)
+    pretraining_stages: int = _field(1, "dynamic", "n, stages before the tuning stage, on nested subsets of the train set (the paper's figure 4); 0 = fresh", low=0)
+    uniform_fraction: float = _field(1.0, "dynamic", "r, share of the train set that is dealt to the stages at random; the rest comes class by class (figure 4, right)", low=0.0, high=1.0)
+    reset: str = _field("none", "dynamic", "modules re-initialised when tuning begins after pretraining (figure 6): none, or numbers and ranges joined by +, as 6, 1-3, 1+4-6")
+    intervention: str = _field("none", "dynamic", "what happens to the parameters when a stage after the first begins: none, or all of them are drawn anew", choices=INTERVENTIONS)
+    chunk_examples: int = _field(0, "dynamic", "online setting (Ash & Adams): so many further examples arrive before each stage, each of at most `tuning_epochs` on all that are there; 0 = off", low=0)
     transition: str = _field("abrupt", "dynamic", "from the pretraining subset to the whole train set: abrupt (two stages), or smooth (one stage that mixes them, the paper's figure 3)", choices=("abrupt", "smooth"))
     gamma: float = _field(0.5, "dynamic", "smooth transition: at step n of N an example comes from the whole train set with probability 1 - gamma^(50 n / N), else from the subset; 0 = always from the whole", low=0.0, high=1.0)
     tuning_epochs: int = _field(500, "dynamic", "tuning epochs: passes over the whole train set", low=1)
     metric_epochs: int = _field(100, "run", "last epochs of the tuning stage over which the metric, test accuracy, is averaged", low=1)
     eval_every: int = _field(1, "run", "epochs between evaluations; a stage's end is always evaluated", low=1)
     stage_accuracy: float = _field(0.0, "dynamic", "a stage ends at the first epoch whose train accuracy reaches this; 0 = never early", low=0.0, high=1.0)
+    accuracy_ends: str = _field("all", "dynamic", "the stages that `stage_accuracy` ends: all, or those before the tuning stage (pretraining)", choices=("all", "pretraining"))
     max_stage_epochs: int = _field(0, "dynamic", "cap on the epochs of a stage that ends by accuracy; 0 = the stage's own epochs", low=0)
     batch_stats: str = _field("carry", "dynamic", "BatchNorm's running statistics at a stage's start", choices=("carry", "restart"))
     reset_optimizer: bool = _field(True, "dynamic", "optimiser state reset at a stage's start")
@@ -83,6 +91,21 @@ class Config:
     convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended or products (both fast inside a CPU's loops), or auto", choices=("auto", "plain", "mended", "products"))
     trials_per_device: int = _field(0, "run", "trials side by side on one device; 0 = chosen from the model and the memory", low=0)
     # fmt: on
+
+    @property
+    def course(self) -> str:
+        """What a trial goes through: `online`, `smooth`, `fresh` (tuning alone) or `pretrained` (then tuned)."""
+        if self.chunk_examples:
+            return "online"
+        if self.transition == "smooth":
+            return "smooth"
+        return "pretrained" if self.warm_start_epochs and self.pretraining_stages else "fresh"
+
+    @property
+    def nesting(self) -> tuple[int, float]:
+        """(n, r), where they shape the trial's permutation of the train set, else (1, 1)."""
+        shaped = self.course == "pretrained" and self.uniform_fraction < 1
+        return (self.pretraining_stages, self.uniform_fraction) if shaped else (1, 1.0)
 
 
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
@@ -100,6 +123,8 @@ def allowed(name: str) -> str:
         return "one of " + ", ".join(spec.metadata["choices"])
     if spec.type is bool:
         return "True or False"
+    if name == "reset":
+        return "none, or module numbers and ranges joined by +, as 6, 1-3, 1+4-6"
     if spec.type is str:
         return "a name"
     whole = spec.type is int
@@ -115,6 +140,31 @@ def _refuse(name: str, value: Any) -> InputError:
     return InputError(f"--config.{name}={value!r} is not allowed: {name} takes {allowed(name)}.")
 
 
+def reset_modules(text: str) -> tuple[int, ...]:
+    """The module numbers that a value of `reset` names, ascending: 1-3+6 -> (1, 2, 3, 6); () for none.
+
+    Raises:
+      InputError: it is not of that form.
+    """
+    if text == "none":
+        return ()
+    found: set[int] = set()
+    for part in text.replace(" ", "").split("+"):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise _refuse("reset", text)
+        found |= {*range(first, last + 1)}
+    return tuple(sorted(found))
+
+
+def reset_text(modules: tuple[int, ...]) -> str:
+    """The one spelling of a set of modules: ranges as long as can be, ascending."""
+    starts = [m for m in modules if m - 1 not in modules]
+    ends = [m for m in modules if m + 1 not in modules]
+    return "+".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) or "none"
+
+
 def check_value(name: str, value: Any) -> Any:
     """`value` in the field's own type, or an `InputError`."""
     spec = FIELDS[name]
@@ -125,9 +175,13 @@ def check_value(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise _refuse(name, value)
         return value
+    if name == "reset" and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # --config.reset=6 comes as a number
     if spec.type is str:
         if not isinstance(value, str) or not value:
             raise _refuse(name, value)
+        if name == "reset":
+            return reset_text(reset_modules(value))
         if spec.metadata["choices"] and value not in spec.metadata["choices"]:
             raise _refuse(name, value)
         return value
@@ -212,21 +266,27 @@ class Sweep:
 def canonical(point: Config) -> dict[str, Any]:
     """The point's swept-kind fields, null where a field has no effect: equal ones are one trial (contract 10)."""
     values = {n: getattr(point, n) for n, f in FIELDS.items() if f.metadata["kind"] in SWEPT_KINDS}
-    smooth = point.transition == "smooth"
-    if smooth:
-        values["warm_start_epochs"] = None
-    else:
+    course, later = point.course, point.course in ("pretrained", "online")  # later: stages after the first
+    if course != "smooth":
         values["gamma"] = None
-    if smooth or not point.warm_start_epochs:
-        values.update(batch_stats=None, reset_optimizer=None)
-    if (smooth and not point.gamma) or not (smooth or point.warm_start_epochs):
+    if course != "pretrained":
+        values.update(uniform_fraction=None, reset=None)
+        values |= dict.fromkeys(("warm_start_epochs", "pretraining_stages"), 0 if course == "fresh" else None)
+    if not later:
+        values.update(batch_stats=None, reset_optimizer=None, intervention=None)
+    elif point.intervention == "reinitialise":  # of everything
+        values.update(batch_stats=None, reset_optimizer=None, reset=None)
+    if course == "online":
+        values["tuning_learning_rate_factor"] = None
+    single = course == "pretrained" and point.pretraining_stages == 1 and point.uniform_fraction == 1
+    if not (single or (course == "smooth" and point.gamma)):
         values["pretraining_fraction"] = None
+    if not point.stage_accuracy or not (later or point.accuracy_ends == "all"):
+        values.update(stage_accuracy=0.0, accuracy_ends=None, max_stage_epochs=None)
     if point.optimizer == "sgd":  # it has no state
         values["reset_optimizer"] = None
     if point.norm != "batch":
         values["batch_stats"] = None
-    if not point.stage_accuracy:
-        values["max_stage_epochs"] = None
     if not point.weight_decay:
         values["decoupled"] = None
     return values

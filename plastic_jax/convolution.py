@@ -115,8 +115,7 @@ def mended_convolution(
     return _mended(images_BHWC, kernel_HWIO, strides, pads, precision, products)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _mended(
+def _direct(
     images_BHWC: Array,
     kernel_HWIO: Array,
     strides: tuple[int, ...],
@@ -129,6 +128,9 @@ def _mended(
     return _canonical(images_BHWC, kernel_HWIO, pads, strides=strides, precision=precision)
 
 
+_mended = partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))(_direct)
+
+
 def _forward(
     images_BHWC: Array,
     kernel_HWIO: Array,
@@ -138,7 +140,7 @@ def _forward(
     products: bool,
 ) -> tuple[Array, tuple[Array, Array]]:
     # Not the custom_vjp itself: a gradient's own ingredients must be differentiable forwards.
-    out_BHWO = _mended.__wrapped__(images_BHWC, kernel_HWIO, strides, pads, precision, products)
+    out_BHWO = _direct(images_BHWC, kernel_HWIO, strides, pads, precision, products)
     return out_BHWO, (images_BHWC, kernel_HWIO)
 
 

@@ -56,7 +56,10 @@ class Core:
 
     def init(self, seed: jax.Array) -> Tree:
         """A trial's state before its first stage; `order` is filled when a stage starts."""
-        variables = models.init(self.module, streams.stream(seed, streams.INITIALISATION), self.shape)
+        return self._drawn(streams.stream(seed, streams.INITIALISATION))
+
+    def _drawn(self, key: jax.Array) -> Tree:
+        variables = models.init(self.module, key, self.shape)
         params = variables["params"]
         return {
             "params": params,
@@ -78,24 +81,29 @@ class Core:
         """Give a slot its next node: a `fresh` one starts from the initialisation; `begin` starts a stage.
 
         What happens at a stage's start is named by the stage: optimiser state reset or carried, BatchNorm's
-        statistics restarted or carried (contract 3). `resume` lets a stage that ended by accuracy go on.
+        statistics restarted or carried (contract 3), modules re-initialised, with their statistics and moments.
+        `resume` lets a stage that ended by accuracy go on.
         """
         state, stage, begin = trial["state"], trial["stage"], trial["begin"]
-        initial = self.init(stage["seed"])
+        # A trial's first stage starts from the initialisation, and no other needs it: one draw serves both.
+        first = streams.stream(stage["seed"], streams.INITIALISATION)
+        later = streams.stream(stage["seed"], streams.INTERVENTION, stage["stream"])
+        drawn = self._drawn(jnp.where(trial["fresh"], first, later))
 
         def either(flag: jax.Array, new: Tree, old: Tree) -> Tree:
             return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
 
-        state = either(trial["fresh"], dict(initial, order=state["order"]), state)
+        state = either(trial["fresh"], dict(drawn, order=state["order"]), state)
         begun = dict(
             state,
-            optimiser=either(stage["reset_optimizer"], self.optimiser.init(state["params"]), state["optimiser"]),
-            batch_stats=either(stage["restart_batch_stats"], initial["batch_stats"], state["batch_stats"]),
+            optimiser=either(stage["reset_optimizer"], drawn["optimiser"], state["optimiser"]),
+            batch_stats=either(stage["restart_batch_stats"], drawn["batch_stats"], state["batch_stats"]),
             step=jnp.int32(0),
             epoch=jnp.int32(0),
             done=jnp.bool_(False),
             order=self._order(trial, jnp.int32(0)),
         )
+        begun |= {k: _redraw(stage["redrawn"], drawn[k], begun[k]) for k in ("params", "batch_stats", "optimiser")}
         state = either(begin, begun, state)
         return {"state": dict(state, done=state["done"] & ~trial["resume"])}
 
@@ -259,6 +267,20 @@ class Core:
         loss, hits = jax.lax.fori_loop(0, batches, add, zero)
         total = jnp.asarray(count, self.dtype)
         return loss / total, hits.astype(self.dtype) / total
+
+
+def _redraw(modules: jax.Array, new: Tree, old: Tree) -> Tree:
+    """The leaves of `modules` [k] bool from `new`, the others bit for bit from `old` (the paper's figure 6).
+
+    What is of no module, an optimiser's count of steps, is new where all modules are.
+    """
+
+    def choose(path: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+        names = [str(getattr(entry, "key", "")) for entry in path]
+        numbers = [int(name.removeprefix("module_")) for name in names if name.startswith("module_")]
+        return jnp.where(modules[numbers[0] - 1] if numbers else modules.all(), a, b)
+
+    return jax.tree.map_with_path(choose, new, old)
 
 
 def _finite(tree: Tree) -> jax.Array:

@@ -41,17 +41,18 @@ def describe(
     specs: Mapping[str, DatasetSpec],
     device_memory_gib: float,
     imagined: bool = False,
+    measure: bool = False,
 ) -> dict[str, Any]:
     """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation.
 
     A given memory is a limit for the devices at hand, or, `imagined` on a CPU, an accelerator's that is not there.
-    Unless `imagined`, formulations are measured where that pays (`calibration.py`).
+    With `measure`, formulations are measured where that pays (`calibration.py`); without, what is remembered is taken.
     """
     memory, source = device_memory(device_memory_gib)
     devices, backend = jax.local_device_count(), jax.default_backend()
     if imagined and device_memory_gib and backend == "cpu":
         devices, backend = 1, "accelerator"  # not there: planned by the closed forms alone
-    described = [_program(study, p, specs[p.point.dataset], memory, devices, backend, imagined) for p in programs]
+    described = [_program(study, p, specs[p.point.dataset], memory, devices, backend, measure) for p in programs]
     total = {
         key: sum(p[key] for p in described)
         for key in ("trials", "nodes", "steps", "steps_unshared", "examples", "flops", "flops_unshared")
@@ -63,6 +64,7 @@ def describe(
         "backend": backend,
         "device_memory_bytes": memory,
         "device_memory": source,
+        "stage_sizes": "estimate" if study.estimated else "exact",
         **total,
         "sharing_saves": 1 - total["steps"] / total["steps_unshared"],
         "sharing_saves_pretraining": _pretraining_saved(programs),
@@ -72,7 +74,7 @@ def describe(
 
 
 def _program(
-    study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str, imagined: bool
+    study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str, measure: bool
 ) -> dict[str, Any]:
     point, sweep = program.point, study.sweep
     steps, unshared = program.shared_steps, program.unshared_steps
@@ -82,7 +84,7 @@ def _program(
     limits: Any = dict(leaves=program.leaves, memory=memory, devices=devices)
     _check_memory(point, plainly, formulation(rule, sweep, point.model, plainly, **limits), memory, devices)
     flops = steps * plainly.step_flops + evaluated * plainly.evaluation_flops
-    choice = calibration.choose(sweep, point, spec, flops, backend, measure=not imagined)
+    choice = calibration.choose(sweep, point, spec, flops, backend, measure=measure)
     cost = costs.costs(point, spec, choice.candidate.convolution)
     chosen = formulation(choice.candidate, sweep, point.model, cost, **limits)
     used, needed = _check_memory(point, cost, chosen, memory, devices)
@@ -195,4 +197,9 @@ def table_of(described: Mapping[str, Any]) -> str:
         f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
         f"({d['device_memory']})."
     )
+    if d["stage_sizes"] == "estimate":
+        text.append(
+            "Stage sizes, and so steps, are estimates for classes of one size: with uniform_fraction below 1 they "
+            "depend on each seed's labels."
+        )
     return "\n".join(text)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # matplotlib and jinja2 are imported where they are used
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 WARM_START = "warm_start_epochs"
-_GREY = "#666666"
+GREY = "#666666"
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -57,7 +57,8 @@ class Figure:
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def plain_style() -> Iterator[None]:
+    """Matplotlib's defaults and ours, whatever the user's are."""
     from matplotlib import style
 
     with style.context(["default", _STYLE]):
@@ -69,7 +70,7 @@ def save_figure(canvas: "Canvas", workdir: str | os.PathLike[str], name: str, ca
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
-    with _style():
+    with plain_style():
         FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None})
     path = Path(workdir) / "figures" / f"{name}.png"
     results.replace_file(path, buffer.getvalue())
@@ -130,7 +131,7 @@ def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str 
     if WARM_START in setting.swept:
         others = combination(shown, [field for field in setting.swept if field != WARM_START])
         heading += f", {others}" * bool(others)
-    with _style():
+    with plain_style():
         canvas = Canvas(figsize=(9.5, 4.8), layout=ConstrainedLayoutEngine(wspace=0.06))
         curves, dots = canvas.subplots(1, 2, width_ratios=(2.5, 1))
         handles: list[Line2D] = []
@@ -147,16 +148,16 @@ def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str 
             label = f"{_arm_label(fresh, setting)}, trained on (control)"
             handles.insert(1, Line2D([], [], color=COLOURS[0], lw=3, alpha=0.45, label=label))
         handles += [
-            Line2D([], [], color=_GREY, label="test"),
-            Line2D([], [], color=_GREY, lw=1, ls="--", label="train"),
+            Line2D([], [], color=GREY, label="test"),
+            Line2D([], [], color=GREY, lw=1, ls="--", label="train"),
         ]
-        curves.set_title(_heading(heading, seeds, "seed", 62), pad=18)
-        curves.axvline(0, color=_GREY, lw=1)
+        curves.set_title(title_of(heading, seeds, "seed", 62), pad=18)
+        curves.axvline(0, color=GREY, lw=1)
         note: dict[str, Any] = {
             "xycoords": curves.get_xaxis_transform(),
             "textcoords": "offset points",
         }
-        curves.annotate("tuning begins", (0, 1), (-2, 4), color=_GREY, fontsize=9, **note)
+        curves.annotate("tuning begins", (0, 1), (-2, 4), color=GREY, fontsize=9, **note)
         curves.set_xlabel("passes over the training data since tuning began")
         curves.set_ylabel("accuracy, %")
         curves.margins(x=0.01)
@@ -165,7 +166,7 @@ def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str 
     return canvas
 
 
-def _heading(title: str, numbers: Sequence[int], what: str, columns: int) -> str:
+def title_of(title: str, numbers: Sequence[int], what: str, columns: int) -> str:
     """A title wrapped to `columns` letters, then how many seeds there are and what of them."""
     few, many = min(numbers, default=0), max(numbers, default=0)
     shown = "mean and 95 % interval" if many >= results.LEAST_PAIRS_T else "mean"
@@ -257,20 +258,21 @@ def gap_curve(
     if x not in setting.swept:
         raise ValueError(f"{x!r} is not a swept field; swept are {', '.join(setting.swept)}")
     compared = [r for r in summary if not setting.is_fresh(r["arm"]) and r[x] is not None]
-    others = sorted((field for field in setting.swept if field != x), key=lambda f: f != line)
+    told = [f for f in setting.swept if f != x and len({row[f] for row in compared}) > 1]  # lines apart
+    others = sorted(told, key=lambda f: f != line)
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in compared:
         lines.setdefault(tuple(row[field] for field in others), []).append(row)
     depth = 1 if line in others else len(others)  # of the key that sets the colour
     colours = dict(zip(dict.fromkeys(key[:depth] for key in lines), itertools.cycle(COLOURS), strict=False))
     values = [row[x] for row in compared]
-    place, logarithmic = _places(values)
+    place, logarithmic = places(values)
     joined = "-" if all(map(_is_number, values)) else ""  # nothing to join between names
-    slot = _slot(place, len(lines))
+    slot = slot_width(place, len(lines))
     controlled = any(row["gap_equal_updates"] is not None for row in compared)
     crowded = len(lines) > 2
     metrics = results.trial_metrics(table, setting)
-    with _style():
+    with plain_style():
         panels = 2 if crowded and controlled else 1
         canvas = Canvas(figsize=(7.5 if panels == 1 else 11, 4.8), layout="constrained")
         axes = canvas.subplots(1, panels, sharey=True, squeeze=False)[0]
@@ -293,11 +295,12 @@ def gap_curve(
                     dots = [center - 0.25 * slot] * len(gaps)
                     axes[0].scatter(dots, gaps, s=8, lw=0, color=look["color"], alpha=0.35)
             label = combination(dict(zip(others, key, strict=True)), others)
-            label = value_text(key[0]) if others == [line] else label or "gap"
+            named = others == [line] and isinstance(key[0], str)
+            label = value_text(key[0]) if named else label or "gap"
             handles.append(Line2D([], [], label=label, ls=joined, **look))
         if controlled and panels == 1:
             look: dict[str, Any] = {
-                "color": _GREY,
+                "color": GREY,
                 "alpha": 0.6,
                 "marker": "o",
                 "mfc": "white",
@@ -305,16 +308,16 @@ def gap_curve(
             }
             handles.append(Line2D([], [], label="at equal updates", **look))
         if any(row["verdict"] in (None, "not fitted") for row in compared):
-            look: dict[str, Any] = {"color": _GREY, "ls": "", "marker": "x", "mew": 2}
+            look: dict[str, Any] = {"color": GREY, "ls": "", "marker": "x", "mew": 2}
             handles.append(Line2D([], [], label="no verdict", **look))
         label = xlabel or ("pretraining epochs" if x == WARM_START else x.replace("_", " "))
         for one in axes:
             one.axhline(0, color="black", lw=1, zorder=1)
-            _ticks(one, place)
+            value_ticks(one, place)
             one.set_xlabel(label + " (log scale)" * logarithmic)
         axes[0].set_ylabel("generalisation gap, percentage points")
         pairs = [row["pairs"] for row in compared]
-        axes[0].set_title(_heading(title, pairs, "paired seed", 62 if panels == 1 else 52))
+        axes[0].set_title(title_of(title, pairs, "paired seed", 62 if panels == 1 else 52))
         if panels == 2:
             axes[1].set_title("against a fresh network\nafter as many updates")
         columns = min(len(handles), 4 * panels) or 1
@@ -326,7 +329,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _places(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
+def places(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
     """Where each value stands on the axis, and whether that is a log scale."""
     if not all(map(_is_number, values)):
         return {value: float(at) for at, value in enumerate(dict.fromkeys(values))}, False
@@ -337,14 +340,14 @@ def _places(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
     return {v: math.log10(v) if v > 0 else first - 0.5 for v in sorted(values)}, True
 
 
-def _slot(place: dict[Any, float], lines: int) -> float:
+def slot_width(place: dict[Any, float], lines: int) -> float:
     """Room for one of `lines` at a value, in axis units: a share of the room between values."""
     at = sorted(place.values())
     width = at[-1] - at[0] if len(at) > 1 else 1.0
     return min(0.03 * width, 0.65 * min(np.diff(at), default=width) / max(lines, 1))
 
 
-def _ticks(axes: "Axes", place: dict[Any, float]) -> None:
+def value_ticks(axes: "Axes", place: dict[Any, float]) -> None:
     """A tick at each value, and a label where the one before it leaves room."""
     low, high = min(place.values(), default=0.0), max(place.values(), default=0.0)
     width = (high - low) or 1.0

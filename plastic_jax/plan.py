@@ -33,7 +33,7 @@ class Node:
     final: bool = False  # a trial's last stage ends here
     control: bool = False
     served: tuple[int, ...] = ()
-    closely: bool = False  # evaluated every epoch
+    closely: bool = False  # a control that waits to know how far, and is evaluated every epoch
     children: list[int] = field(default_factory=list)
 
     @property
@@ -99,8 +99,9 @@ class ProgramPlan:
         return longest
 
 
-def _planned_steps(trial: Trial) -> int:
-    return sum(sampler.stage_steps(s.size, s.epochs, trial.point.batch_size) for s in trial.stages)
+def _planned_steps(trial: Trial, stages: int | None = None) -> int:
+    """Steps of the trial's first `stages` stages, or of all."""
+    return sum(sampler.stage_steps(s.size, s.epochs, trial.point.batch_size) for s in trial.stages[:stages])
 
 
 def control_epochs(updates: int, size: int, batch_size: int) -> int:
@@ -158,22 +159,26 @@ def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
             ]
             if not (study.sweep.equal_updates and served):
                 continue
-            reached = {control_epochs(_planned_steps(t), node.stage.size, fresh.point.batch_size) for t in served}
+            # Updates of the fresh trial's own earlier stages, where it has any (the online setting's).
+            earlier = _planned_steps(fresh, len(fresh.stages) - 1)
+            size, batch = node.stage.size, fresh.point.batch_size
+            reached = {control_epochs(_planned_steps(t) - earlier, size, batch) for t in served}
             # Stages that end by accuracy tell only afterwards how far: one stretch, evaluated every epoch.
-            ends = [max(reached)] if node.stage.accuracy else sorted(reached)
+            closely = any(stage.accuracy for t in (fresh, *served) for stage in t.stages)
+            ends = [max(reached)] if closely else sorted(reached)
             numbers = tuple(t.trial for t in served)
             before = node
             for last in ends:
                 if last <= node.last:
                     continue
                 stage = dataclasses.replace(node.stage, name=CONTINUED, epochs=ends[-1], accuracy=0.0)
-                more = dict(ends=(fresh.trial,), control=True, served=numbers, closely=node.stage.accuracy > 0)
+                more = dict(ends=(fresh.trial,), control=True, served=numbers, closely=closely)
                 before = add(before.index, [fresh], stage, before.last, last, **more)
 
     reference = {arm.arm: arm.fresh for arm in study.arms}
     by_sample: dict[tuple, list[Trial]] = {}
     for trial in trials:
-        by_sample.setdefault((trial.seed, trial.point.label_noise), []).append(trial)
+        by_sample.setdefault(trial.sample, []).append(trial)
     for group in by_sample.values():
         grow(None, group, 0)
     return ProgramPlan(trials[0].point, trials, tuple(nodes))

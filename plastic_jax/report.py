@@ -25,6 +25,7 @@ __all__ = [
     "accuracy_curves",
     "gap_curve",
     "headlines",
+    "not_reached",
     "page",
     "save_figure",
     "terminal_table",
@@ -105,6 +106,16 @@ def _sentence(row: dict[str, Any], setting: Setting) -> str:
     return f"{who}{text} Against a fresh network after as many updates: {control} points."
 
 
+def not_reached(summary: Sequence[dict[str, Any]]) -> str:
+    """How many trials have a stage that its cap ended before its accuracy was reached; '' for none."""
+    missed = sum(row["unreached"] for row in summary)
+    if not missed:
+        return ""
+    trials = sum(row["trials"] for row in summary)
+    have = "has" if missed == 1 else "have"
+    return f"Not reached: {missed} of {trials} trials {have} a stage that its cap ended below stage_accuracy"
+
+
 _Columns = dict[str, list[str]]
 
 
@@ -124,7 +135,11 @@ def _columns(summary: Sequence[dict[str, Any]], setting: Setting, *, full: bool)
     columns["pairs"] = [str(row["pairs"]) if here else "-" for row, here in zip(summary, compared, strict=True)]
     if any(row["diverged"] for row in summary):
         columns["diverged"] = [str(row["diverged"]) for row in summary]
+    if any(row["unreached"] for row in summary):
+        columns["not reached"] = [str(row["unreached"]) for row in summary]
     columns["test %"] = cells("test_accuracy")
+    if any("validation_accuracy" in row for row in summary):
+        columns["held-back %"] = cells("validation_accuracy")
     if full:
         columns["train %"] = cells("train_accuracy", digits=1)
     columns["fit %"] = cells("fit_accuracy", digits=1)
@@ -149,6 +164,7 @@ def terminal_table(summary: Sequence[dict[str, Any]], setting: Setting) -> str:
     # headings broken over lines, so that a column is as narrow as its values
     heads = {name: name.split("_") if name in setting.swept else [name] for name in cells}
     heads |= {name: ["at equal", "updates [95 %]"] for name in cells if name.startswith("at equal")}
+    heads |= {name: name.split() for name in cells if name == "not reached"}
     height = max(map(len, heads.values()))
     columns = []
     for name, values in cells.items():
@@ -159,6 +175,8 @@ def terminal_table(summary: Sequence[dict[str, Any]], setting: Setting) -> str:
     lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     lines.insert(height, "-" * max(map(len, lines)))
     lines.append("gap: test accuracy minus the fresh arm's, paired by seed, in percentage points")
+    if missed := not_reached(summary):
+        lines.append(missed)
     return "\n".join(lines).replace("\N{MINUS SIGN}", "-") + "\n"
 
 
@@ -240,7 +258,8 @@ a tenth of its trials diverged, or fewer than {{ least }} pairs, gets no verdict
 {% endfor %}</tbody>
 </table></div>
 <p class="soft">Accuracies in percent, gaps in percentage points.</p>
-<h2>Command</h2>
+{% if missed %}<p class="soft">{{ missed }}.</p>
+{% endif %}<h2>Command</h2>
 <pre>{{ command }}</pre>
 <p class="soft">Device: {{ device }}</p>
 <h2>Config</h2>
@@ -291,6 +310,7 @@ def page(
         least=results.LEAST_PAIRS_T,
         bootstrap="bootstrap [95 %]" in columns,
         controlled="at equal updates [95 %]" in columns,
+        missed=not_reached(summary),
         figures=[{"caption": f.caption, "data": base64.b64encode(f.path.read_bytes()).decode()} for f in figures],
         columns=names,
         left=text,

@@ -39,10 +39,11 @@ _TAIL = {
     "validation_accuracy": pa.float64(),
     "validation_loss": pa.float64(),
     "fit_accuracy": pa.float64(),
+    "accuracy_reached": pa.bool_(),
     "diverged": pa.bool_(),
 }
-_OPTIONAL = frozenset({"validation_accuracy", "validation_loss"})
-_NULLABLE = frozenset(name for name, kind in _TAIL.items() if kind == pa.float64()) - {"epoch"}
+_OPTIONAL = frozenset({"validation_accuracy", "validation_loss", "accuracy_reached"})
+_NULLABLE = frozenset(name for name, kind in _TAIL.items() if kind == pa.float64()) - {"epoch"} | {"accuracy_reached"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 def write(table: pd.DataFrame, path: str | os.PathLike[str], swept: Sequence[str]) -> None:
     """Write the results table so that equal tables give equal bytes, in whatever order they come.
 
-    `table`: one row per (trial, stage, step), columns as in `results.parquet` (the two validation
-    columns may be missing); `swept` names the swept columns, of integers, floats, strings or bools
+    `table`: one row per (trial, stage, step), columns as in `results.parquet` (those of validation
+    and `accuracy_reached` may be missing); `swept` names the swept columns, of integers, floats, strings or bools
     with None, NaN or pandas.NA where a field has no effect. Integers with gaps should come as dtype
     Int64 or object: pandas has already made floats of them otherwise. Metrics that are not finite
     become null. Raises ValueError where a column is missing, unknown or of mixed types, or where
@@ -129,7 +130,7 @@ def _array(column: pd.Series, kind: pa.DataType | None, name: str) -> pa.Array:
     if kind == pa.float64():
         numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
         return pa.array(numbers, mask=~np.isfinite(numbers))
-    return pa.array(column.tolist(), type=kind)
+    return pa.array(column.tolist(), type=kind, mask=null)
 
 
 def _swept_type(column: pd.Series, kinds: set[type]) -> pa.DataType:
@@ -175,18 +176,20 @@ def read(path: str | os.PathLike[str]) -> pd.DataFrame:
 def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     """One row per trial, sorted by trial.
 
-    `trial`, `arm`, `seed`; `test_accuracy` and `train_accuracy`, means over the rows of the tuning
-    stage whose whole epochs are above the last one's minus metric_epochs (the paper: the last 100);
-    `fit_accuracy`, from the tuning stage's end; `steps`, updates over all stages up to there;
-    `finished`: the tuning stage has ended (its last row has a fit_accuracy) or the trial diverged;
-    `diverged`: in any stage but the equal-updates control. Accuracies are fractions, NaN unless
-    the trial is finished and has not diverged.
+    `trial`, `arm`, `seed`; `test_accuracy`, `train_accuracy` and, where examples were held back,
+    `validation_accuracy`, means over the rows of the tuning stage whose whole epochs are above the
+    last one's minus metric_epochs (the paper: the last 100); `fit_accuracy`, from the tuning
+    stage's end; `steps`, updates over all stages up to there; `finished`: the tuning stage has
+    ended (its last row has a fit_accuracy) or the trial diverged; `diverged`: in any stage but the
+    equal-updates control; `unreached`: a stage that was to end by accuracy was ended by its cap.
+    Accuracies are fractions, NaN unless the trial is finished and has not diverged.
     """
     tuning = table[table["stage"] == TUNING].sort_values(["trial", "step"])
     whole = _whole_epochs(tuning)
     last = whole.groupby(tuning["trial"]).transform("max")
     window = tuning[whole > last - setting.metric_epochs]
-    means = window.groupby("trial")[["test_accuracy", "train_accuracy"]].mean()
+    accuracies = [name for name in ("test_accuracy", "train_accuracy", "validation_accuracy") if name in table]
+    means = window.groupby("trial")[accuracies].mean()
     ends = tuning.groupby("trial").tail(1).set_index("trial")
     own = table[table["stage"] != CONTINUED]
     metrics = table.groupby("trial")[["arm", "seed"]].first().join(means)
@@ -198,9 +201,43 @@ def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     diverged = own.groupby("trial")["diverged"].any().reindex(metrics.index, fill_value=False)
     metrics["finished"] = diverged | metrics["fit_accuracy"].notna()
     metrics["diverged"] = diverged
-    accuracies = ["test_accuracy", "train_accuracy", "fit_accuracy"]
-    metrics.loc[diverged | ~metrics["finished"], accuracies] = np.nan
+    metrics["unreached"] = False
+    if "accuracy_reached" in table:
+        missed = own["accuracy_reached"].eq(False).fillna(False).astype(bool)
+        metrics["unreached"] = missed.groupby(own["trial"]).any().reindex(metrics.index, fill_value=False)
+    metrics.loc[diverged | ~metrics["finished"], [*accuracies, "fit_accuracy"]] = np.nan
     return metrics.reset_index()
+
+
+def epochs_to_accuracy(table: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """Training speed: one row per trial that did not diverge, sorted by trial (the paper's figure 11).
+
+    `trial`, `arm`, `seed`; `epochs` of the tuning stage until an epoch's train accuracy is at least
+    `accuracy`, or all of its epochs; `reached`: whether it was (else the number is censored).
+    """
+    tuning = table[table["stage"] == TUNING].sort_values(["trial", "step"])
+    diverged = set(table.loc[table["diverged"] & (table["stage"] != CONTINUED), "trial"])
+    tuning = tuning[~tuning["trial"].isin(diverged)]
+    tuning = tuning.assign(epochs=_whole_epochs(tuning), reached=tuning["train_accuracy"] >= accuracy - _EPSILON)
+    first = tuning[tuning["reached"]].groupby("trial").head(1)
+    never = tuning[~tuning["trial"].isin(first["trial"])].groupby("trial").tail(1)
+    found = pd.concat([first, never]).sort_values("trial", ignore_index=True)
+    return found[["trial", "arm", "seed", "epochs", "reached"]]
+
+
+def median_interval(values: np.ndarray) -> list[float] | None:
+    """Interval of a median of at least 95 %, from order statistics; None below 6 values.
+
+    It holds for any distribution, and with values censored at a common limit: the interval is then
+    censored where it ends there.
+    """
+    from scipy import stats
+
+    below = int(stats.binom.ppf(0.025, len(values), 0.5))  # P(fewer than this many lie below) <= 2.5 %
+    if below < 1:
+        return None
+    ordered = np.sort(values)
+    return [float(ordered[below - 1]), float(ordered[-below])]
 
 
 def pairs(table: pd.DataFrame, setting: Setting, metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
@@ -281,7 +318,9 @@ def bootstrap_interval(values: np.ndarray) -> list[float] | None:
 def summary(table: pd.DataFrame, setting: Setting) -> list[dict[str, Any]]:
     """One flat, JSON-safe dict per arm, in the setting's order; accuracies and gaps as fractions.
 
-    `trials` counts the finished ones (diverged ones among them). `test_accuracy`, `train_accuracy`,
+    `trials` counts the finished ones (diverged ones among them), `unreached` those of which a stage
+    that was to end by accuracy was ended by its cap. `validation_accuracy` is there where examples
+    were held back. `test_accuracy`, `train_accuracy`,
     `fit_accuracy` and `min_fit_accuracy` are over the trials that did not diverge. `gap` is the
     mean over the `pairs` of metric(arm) - metric(fresh), null for the fresh arm itself, with
     paired t interval `gap_ci95` from 3 pairs and `gap_bootstrap_ci95` from 20 pairs on.
@@ -312,8 +351,10 @@ def _arm_summary(
     row: dict[str, Any] = {"arm": name}
     row |= {field: _plain(arm[field]) for field in setting.swept}
     row |= {"trials": len(own), "pairs": 0, "diverged": int(own["diverged"].sum())}
-    for column in ("test_accuracy", "train_accuracy", "fit_accuracy"):
-        row[column] = _plain(own[column].mean())
+    row["unreached"] = int(own["unreached"].sum())
+    for column in ("test_accuracy", "train_accuracy", "validation_accuracy", "fit_accuracy"):
+        if column in own:
+            row[column] = _plain(own[column].mean())
     row["min_fit_accuracy"] = _plain(own["fit_accuracy"].min())
     row |= dict.fromkeys(("gap", "gap_ci95", "gap_bootstrap_ci95"))
     row |= {"pairs_equal_updates": 0, "gap_equal_updates": None, "gap_equal_updates_ci95": None}

@@ -13,10 +13,11 @@ VALIDATION = ("validation_accuracy", "validation_loss")
 
 
 def columns(study: Study) -> list[str]:
-    """The table's columns in order; the validation ones only where examples were held back."""
+    """The table's columns in order; some only where examples were held back, or stages end by accuracy."""
     held = VALIDATION if any(study.sweep.values["validation_fraction"]) else ()
+    reached = ("accuracy_reached",) if any(study.sweep.values["stage_accuracy"]) else ()
     head = ["trial", "arm", "seed", *study.swept, "stage", "epoch", "step", "examples_seen"]
-    return [*head, *METRICS, *held, "fit_accuracy", "diverged"]
+    return [*head, *METRICS, *held, "fit_accuracy", *reached, "diverged"]
 
 
 def setting(study: Study) -> Setting:
@@ -74,5 +75,6 @@ def _row(node: Node, record: dict[str, Any], trial: int) -> dict[str, Any]:
         "examples_seen": record["total"] * batch,
         **{name: None if diverged else value for name, value in measured.items()},
         "fit_accuracy": record["fit_accuracy"] if ends and not diverged else None,
+        "accuracy_reached": record["done"] if ends and not diverged and stage.accuracy else None,
         "diverged": diverged,
     }

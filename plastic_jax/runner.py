@@ -118,12 +118,8 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
         if options.overwrite:
             workdir.check_own(path)
         going_on = not options.overwrite and workdir.same_config(path, sweep.as_dict(), of.name)
-        described: dict[str, Any] = {}
-        if going_on and not options.dry_run:
-            formulations = _recorded(path, len(programs))
-        else:
+        if not going_on or options.dry_run:  # refuses what does not fit, before any data is read
             described = describe(study, programs, specs, options.device_memory_gib, options.dry_run)
-            formulations = [Formulation(**p["formulation"]) for p in described["programs"]]
             if options.dry_run:
                 say(table_of(described))
                 if (path / "config.json").exists():
@@ -133,10 +129,16 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
                     say(f"Nothing was trained. The whole plan is in {path / 'plan.json'}.")
                 return None
         sets = {name: data.load(name, options.data_dir) for name in specs}
+        if study.estimated:
+            study = trial.study(sweep, specs, of.fresh, {name: s.train_labels for name, s in sets.items()})
+            programs = plan.programs(study)
         if going_on:
+            formulations = _recorded(path, len(programs))
             _check_data(path, sets)
             _note_session(path, options)
         else:
+            described = describe(study, programs, specs, options.device_memory_gib, measure=True)
+            formulations = [Formulation(**p["formulation"]) for p in described["programs"]]
             if options.overwrite:
                 workdir.clear(path)
             workdir.write_json(path / "plan.json", described)

@@ -22,13 +22,15 @@ class TrainSet:
     """A trial's own view of the train set, drawn on the host.
 
     `ids` [N] int32: the data set's example behind each local number; `labels` [N] int32: labels trained on;
-    `permutation` [N] int32 of local numbers; `held_back` [V] int32: examples kept for validation.
+    `permutation` [N] int32 of local numbers; `held_back` [V] int32: examples kept for validation; `sizes`: of the
+    nested data sets D_1 .. D_{n+1}, prefixes of the permutation.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     permutation: np.ndarray
     held_back: np.ndarray
+    sizes: tuple[int, ...]
 
 
 def validation_size(pool: int, fraction: float) -> int:
@@ -44,6 +46,38 @@ def train_size(pool: int, train_examples: int, validation_fraction: float) -> in
 def subset_size(size: int, fraction: float) -> int:
     """Size of the pretraining subset: the nearest whole number, halves up, at least 1."""
     return max(1, int(np.floor(size * fraction + 0.5)))
+
+
+def _even(count: int, parts: int) -> np.ndarray:
+    """Sizes of `parts` parts of `count` things, [parts]; they differ by at most one, the larger ones first."""
+    return count // parts + (np.arange(parts) < count % parts)
+
+
+def nested_sizes(size: int, classes: int, stages: int, uniform_fraction: float) -> tuple[int, ...]:
+    """Sizes of D_1 .. D_{n+1} as if all classes were of one size; exact where `uniform_fraction` is 1."""
+    uniform = int(np.floor(size * uniform_fraction + 0.5))
+    shares = np.cumsum(_even(classes, stages + 1)) / classes
+    by_class = np.floor((size - uniform) * shares + 0.5).astype(int)
+    return tuple((np.cumsum(_even(uniform, stages + 1)) + by_class).tolist())
+
+
+def nested(
+    seed: int, permutation: np.ndarray, labels: np.ndarray, classes: int, stages: int, uniform_fraction: float
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The permutation whose prefixes are D_1 .. D_{n+1}, [N] int32, and their sizes (the paper's figure 4, right).
+
+    The classes are dealt at random to C_1 .. C_{n+1}, as evenly as can be. D_u is the first r N entries of
+    `permutation` [N] (nearest whole number, halves up), cut evenly into n + 1 parts, and D_c the others;
+    D_i = D_{i-1} + D_{u,i} + {(x, c) in D_c : c in C_i}, where c is the label trained on, `labels` [N].
+    """
+    parts = stages + 1
+    uniform = int(np.floor(len(permutation) * uniform_fraction + 0.5))
+    group = np.empty(classes, int)  # class -> i - 1, where the class is in C_i
+    group[_permutation(seed, streams.CLASSES, classes)] = np.repeat(np.arange(parts), _even(classes, parts))
+    stage = group[labels[permutation]]
+    stage[:uniform] = np.repeat(np.arange(parts), _even(uniform, parts))
+    sizes = np.cumsum(np.bincount(stage, minlength=parts))
+    return permutation[np.argsort(stage, kind="stable")], tuple(sizes.tolist())
 
 
 def stage_steps(size: int, epochs: int, batch_size: int) -> int:
@@ -81,11 +115,12 @@ def train_set(
     train_examples: int,
     validation_fraction: float,
     label_noise: float,
+    nesting: tuple[int, float] = (1, 1.0),
 ) -> TrainSet:
     """Draw a seed's train set, label noise and permutation from their streams.
 
-    `labels` [pool] are the data set's own. The held-back examples are drawn first and the train set from the rest,
-    so that smaller train sets of a seed are nested in larger ones.
+    `labels` [pool] are the data set's own; `nesting` is (n, r) of `nested`. The held-back examples are drawn first
+    and the train set from the rest, so that smaller train sets of a seed are nested in larger ones.
     """
     pool = len(labels)
     drawn = _permutation(seed, streams.TRAIN_SET, pool)
@@ -93,7 +128,8 @@ def train_set(
     size = train_size(pool, train_examples, validation_fraction)
     ids = drawn[held : held + size]
     noisy = noisy_labels(seed, labels, classes, label_noise)
-    return TrainSet(ids, noisy[ids], _permutation(seed, streams.SUBSET, size), drawn[:held])
+    permutation, sizes = nested(seed, _permutation(seed, streams.SUBSET, size), noisy[ids], classes, *nesting)
+    return TrainSet(ids, noisy[ids], permutation, drawn[:held], sizes)
 
 
 def epoch_order(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 INITIALISATION = "initialisation"  # the trial's first parameters
 TRAIN_SET = "train set"  # which examples make up a smaller train set, which are held back
 SUBSET = "subset"  # the permutation whose prefixes are the stages' data sets
+CLASSES = "classes"  # the order in which classes are dealt to nested stages
 LABEL_NOISE = "label noise"
 ORDER = "order"  # order of stage s, epoch e
 MIXTURE = "mixture"  # draws with replacement of a smooth transition

@@ -69,6 +69,7 @@ class Way:
         """Seconds, and trial-steps: every process takes so many."""
         begin = time.perf_counter()
         for worker in self._workers:
+            assert worker.stdin
             worker.stdin.write(json.dumps({"steps": steps}) + "\n")
             worker.stdin.flush()
         self.last = [self._answer(worker) for worker in self._workers]

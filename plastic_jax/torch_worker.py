@@ -8,6 +8,7 @@ it runs in an environment of its own. The network, its initialisation, the optim
 from resident uint8 images, normalised) are those of the core.
 """
 
+# pyright: reportMissingImports=false
 import dataclasses
 import json
 import sys

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from plastic_jax import core, plan, sampler, trial_axis
+from plastic_jax import core, models, plan, sampler, trial_axis
 from plastic_jax.config import STATIC, Config
 from plastic_jax.data import Dataset
 from plastic_jax.plan import Node, ProgramPlan
@@ -113,7 +113,7 @@ class ProgramRun:
         self.core = self._compiled.core
         self._data = trial_axis.replicated(core.resident(dataset), self.mesh)
         self._remaining = program.remaining()
-        self._samples: dict[tuple[int, float], sampler.TrainSet] = {}
+        self._samples: dict[tuple[Any, ...], sampler.TrainSet] = {}
         self._sample_host = self._blank_sample()
         self._sample: Tree = None
         self._stage: Tree = None
@@ -276,7 +276,7 @@ class ProgramRun:
         self.slots[i] = Slot()
         self.ended[index] = by_accuracy
         heirs = sorted(self._heirs(index, by_accuracy), key=lambda c: -self._remaining[c])
-        held = [c for c in heirs if self.nodes[c].control and self.nodes[index].stage.accuracy]
+        held = [c for c in heirs if self.nodes[c].control and self.nodes[c].closely]
         children = [c for c in heirs if c not in held]
         self.held += [(c, index) for c in held]
         if held or len(children) > 1 or self._kept(index):
@@ -296,18 +296,29 @@ class ProgramRun:
                 yield c
 
     def _release_controls(self) -> None:
-        """Let controls start whose served trials have all ended by accuracy: only now is their length known."""
+        """Let controls start whose served trials have all ended: only now is their length known."""
         for control, source in list(self.held):
             node = self.nodes[control]
-            parts = [n for n in self.nodes if set(n.trials) & set(node.served)]
-            if not all(n.index in self.ended or n.index in self.dead for n in parts):
+            parts = [n.index for n in self.nodes if set(n.trials) & set(node.served)]
+            if not all(map(self._settled, [source, *parts])):
                 continue
             self.held.remove((control, source))
-            updates = max((self.records[n.index][-1]["total"] for n in parts if n.index in self.records), default=0)
-            node.first = self.records[source][-1]["epoch"]
+            updates = max((self.records[n][-1]["total"] for n in parts if n in self.records), default=0)
+            last = self.records[source][-1]
+            updates -= last["total"] - last["step"]  # of the fresh trial's own earlier stages
+            node.first = last["epoch"]
             node.last = plan.control_epochs(updates, node.stage.size, node.trial.point.batch_size)
             if node.last > node.first:
                 self.ready.append((control, source))
+
+    def _settled(self, index: int) -> bool:
+        """Whether a node has ended and its last metrics are there."""
+        if index in self.dead:
+            return True
+        if index not in self.ended:
+            return False
+        found = self.records.get(index)  # none: a stretch that was skipped
+        return self.ended[index] or (found is not None and found[-1]["epoch"] == self.nodes[index].last)
 
     def _kill(self, index: int) -> None:
         """A diverged trial leaves: its node and all that would come after."""
@@ -362,8 +373,7 @@ class ProgramRun:
         return {name: np.zeros((slots, size), np.int32) for name, size in sizes.items()}
 
     def _set_sample(self, i: int, node: Node) -> None:
-        point, seed = node.trial.point, node.trial.seed
-        key = (seed, point.label_noise)
+        point, seed, key = node.trial.point, node.trial.seed, node.trial.sample
         if key not in self._samples:
             self._samples[key] = sampler.train_set(
                 seed,
@@ -372,12 +382,13 @@ class ProgramRun:
                 train_examples=point.train_examples,
                 validation_fraction=point.validation_fraction,
                 label_noise=point.label_noise,
+                nesting=point.nesting,
             )
         for name, whole in self._sample_host.items():
             whole[i] = getattr(self._samples[key], name)
 
     def _stage_arrays(self) -> dict[str, np.ndarray]:
-        """The dynamic values of each slot's stage, [slots] each."""
+        """The dynamic values of each slot's stage, [slots] each (`redrawn` [slots, modules])."""
         batch, real = self.plan.point.batch_size, np.dtype(self.core.dtype)
         kinds = {
             "seed": np.uint32, "stream": np.int32, "size": np.int32, "steps": np.int32, "learning_rate": real,
@@ -386,6 +397,8 @@ class ProgramRun:
         }  # fmt: skip
         arrays = {name: np.zeros(len(self.slots), kind) for name, kind in kinds.items()}
         arrays["size"][:] = arrays["prefix"][:] = 1
+        point = self.plan.point
+        redrawn = np.zeros((len(self.slots), models.modules(point.model, point.depth)), bool)
         for i, slot in enumerate(self.slots):
             if slot.node is None:
                 continue
@@ -397,7 +410,8 @@ class ProgramRun:
                     array[i] = sampler.stage_steps(node.stage.size, node.stage.epochs, batch)
                 else:
                     array[i] = max(1, node.stage.prefix) if name == "prefix" else getattr(node.stage, name)
-        return arrays
+            redrawn[i, [number - 1 for number in node.stage.redrawn]] = True
+        return {**arrays, "redrawn": redrawn}
 
     def lower_chunk(self) -> Any:
         """The chunk's program as JAX lowers it, for XLA's analyses."""

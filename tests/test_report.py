@@ -249,7 +249,7 @@ def test_gap_curve_against_names_joins_nothing():
     ],
 )
 def test_places_on_the_axis(values, expected, logarithmic):
-    place, is_log = figures._places(values)
+    place, is_log = figures.places(values)
     assert place == pytest.approx(expected) and is_log is logarithmic
 
 

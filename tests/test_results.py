@@ -314,7 +314,7 @@ def test_summary_is_plain_json_with_every_key_in_every_arm():
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
         assert [list(row) for row in summary] == [
             [
-                *("arm", "length", "rate", "trials", "pairs", "diverged"),
+                *("arm", "length", "rate", "trials", "pairs", "diverged", "unreached"),
                 *("test_accuracy", "train_accuracy", "fit_accuracy", "min_fit_accuracy"),
                 *("gap", "gap_ci95", "gap_bootstrap_ci95"),
                 *("pairs_equal_updates", "gap_equal_updates", "gap_equal_updates_ci95", "verdict"),

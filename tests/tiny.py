@@ -1,5 +1,6 @@
 """A study small enough to be trained many times over: noise images, an MLP, a few steps."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,8 @@ import jax
 import numpy as np
 import pandas as pd
 
-from plastic_jax import plan, rows, train, trial
-from plastic_jax.config import Sweep
+from plastic_jax import plan, results, rows, train, trial
+from plastic_jax.config import FIELDS, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
 from plastic_jax.trial_axis import Formulation
 
@@ -70,3 +71,32 @@ def same(a: pd.DataFrame, b: pd.DataFrame, ignore: Sequence[str] = ("trial",)) -
     keys = ["arm", "seed", "stage", "step"]
     a, b = (t.drop(columns=list(ignore)).sort_values(keys, ignore_index=True) for t in (a, b))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def labelled(sweep: Sweep, fresh: dict[str, Any]) -> trial.Study:
+    """The study of a sweep with sizes from the data set's labels, as in a run."""
+    return trial.study(sweep, {"noise": SPEC}, fresh, {"noise": dataset().train_labels})
+
+
+def setting(of: trial.Study) -> results.Setting:
+    """What the statistics need to know of a study."""
+    arms = tuple({"arm": arm.arm, **arm.values} for arm in of.arms)
+    fresh = {arm.arm: arm.fresh for arm in of.arms}
+    return results.Setting(of.swept, arms, fresh, of.sweep.metric_epochs, of.sweep.equal_updates, of.sweep.eval_every)
+
+
+def joined(studies: Sequence[trial.Study]) -> trial.Study:
+    """Several studies as one, each arm's name with its study's number before it."""
+    arms, trials = [], []
+    swept = tuple(name for name in FIELDS if any(name in s.swept for s in studies))
+    for k, one in enumerate(studies):
+        for arm in one.arms:
+            values = {name: arm.values.get(name) for name in swept}
+            arms.append(dataclasses.replace(arm, arm=f"{k}: {arm.arm}", values=values, fresh=f"{k}: {arm.fresh}"))
+        trials += [dataclasses.replace(t, trial=len(trials) + i, arm=f"{k}: {t.arm}") for i, t in enumerate(one.trials)]
+    return trial.Study(studies[0].sweep, swept, tuple(arms), tuple(trials))
+
+
+def of_seed(of: trial.Study, seed: int) -> trial.Study:
+    """The trials of one seed alone."""
+    return dataclasses.replace(of, trials=tuple(t for t in of.trials if t.seed == seed))
