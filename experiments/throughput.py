@@ -10,8 +10,9 @@ runs/throughput): throughput.json, throughput.md, throughput.png. Expected: on a
 """
 
 import datetime
-import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,10 @@ from absl import app, flags, logging
 from plastic_jax.entry import last_wins, parse, refuse
 from plastic_jax.errors import InputError
 
-TRIALS, MINUTES = (1, 4, 16, 64), 30.0
-
-
-def networks(given: dict[str, Any], gpu: bool) -> list[Any]:
-    """The points to measure: one where a width is named, else the benchmark's own."""
-    from plastic_jax.config import Config, Sweep
-
-    values = {name: value for name, value in given.items() if value not in ((), "", 0)}
-    mlp = dict(model="mlp", depth=2, norm="none", batch_size=128)
-    resnet = dict(model="resnet", batch_size=128)
-    own: list[dict[str, Any]] = [dict(mlp, width=100), dict(mlp, width=256), dict(resnet, width=8, batch_size=64)]
-    own += [dict(resnet, width=width) for width in ((16, 32, 64) if gpu else (16,))]
-    points = [dict(d) for d in own if d["model"] in values.get("model", ("mlp", "resnet"))]
-    found = {Config(**{**vars(next(Sweep.of({**p, **values}).points()))}) for p in points}
-    return sorted(found, key=lambda p: (p.model, p.width, p.batch_size))
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("model", "width", "depth", "batch_size", "optimizer", "compute_dtype"), ()),
+    **{"trials": (1, 4, 16, 64), "minutes": 30.0},
+}
 
 
 def run(config: dict[str, Any], workdir: str, python: str) -> None:
@@ -52,7 +42,7 @@ def run(config: dict[str, Any], workdir: str, python: str) -> None:
     backend.prepare()
     import jax
 
-    points = networks(config, jax.default_backend() == "gpu")
+    points = benchmark.networks(config, jax.default_backend() == "gpu")
     for point in points:
         benchmark.check(point, trials)
     version = torch_ways.version(python)
@@ -78,15 +68,15 @@ def run(config: dict[str, Any], workdir: str, python: str) -> None:
 
 def main() -> None:
     """Read the flags."""
-    import sys
-
     from ml_collections import ConfigDict, config_flags
 
+    sys.argv[:] = last_wins(sys.argv)
+    for name in re.findall(r"^--?(?:no)?config\.([^=]*)", "\n".join(sys.argv[1:]), re.MULTILINE):
+        if name not in FIELDS:
+            refuse(f"--config.{name} is no field of this command: the fields are {', '.join(FIELDS)}.")
     flags.DEFINE_string("workdir", "runs/throughput", "where throughput.json, .md and .png are written")
     flags.DEFINE_string("torch_python", sys.executable, "the interpreter of an environment with PyTorch")
-    fields: dict[str, Any] = dict(model=("mlp", "resnet"), width=(), batch_size=(), trials=TRIALS, minutes=MINUTES)
-    config_flags.DEFINE_config_dict("config", ConfigDict(fields), json.dumps(fields))
-    sys.argv[:] = last_wins(sys.argv)
+    config_flags.DEFINE_config_dict("config", ConfigDict(FIELDS), "its fields: " + ", ".join(FIELDS))
 
     def go(_: Any) -> None:
         logging.set_verbosity(logging.ERROR)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from plastic_jax import backend, calibration, core, costs, models, torch_ways, trial_axis
-from plastic_jax.config import Config, Sweep
+from plastic_jax.config import MODELS, Config, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
 from plastic_jax.dry_run import device_memory
 from plastic_jax.errors import InputError
@@ -242,6 +242,19 @@ def check(point: Config, trials: Sequence[int]) -> None:
                 f"--config.trials={tuple(trials)} is not allowed: {count} trials of width {point.width} and batch "
                 f"{point.batch_size} do not fit {devices} x {memory / 2**30:.1f} GiB; at most {most} do."
             )
+
+
+def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
+    """The points to measure: the benchmark's own networks, with the fields that are given (not empty) instead."""
+    values = {name: value for name, value in given.items() if value not in ((), "", 0)}
+    models = Sweep.of({"model": values.pop("model", MODELS)}).values["model"]
+    mlp = dict(model="mlp", depth=2, norm="none", batch_size=128)
+    resnet = dict(model="resnet", batch_size=128)
+    own: list[dict[str, Any]] = [dict(mlp, width=100), dict(mlp, width=256), dict(resnet, width=8, batch_size=64)]
+    own += [dict(resnet, width=width) for width in ((16, 32, 64) if gpu else (16,))]
+    chosen = [network for network in own if network["model"] in models]
+    found = [point for network in chosen for point in Sweep.of({**network, **values}).points()]
+    return list(dict.fromkeys(found))
 
 
 def rows_of(point: Config, trials: Sequence[int], python: str | None, devices: Sequence[Any]) -> list[Row]:

@@ -107,10 +107,6 @@ class Batched:
         """JAX's lowered program for such arguments."""
         return self._compiled.lower(*self._with_blocks(arguments))
 
-    def programs(self) -> int:
-        """How many programs have been compiled for it."""
-        return self._compiled._cache_size()
-
 
 def over_trials(
     function: Callable[..., Any], axis: str, over: Mesh, donate: tuple[int, ...] = (), block: int = 0

@@ -1,4 +1,4 @@
-"""The mended convolution equals the plain one, and compiles to what XLA's CPU backend runs fast."""
+"""The mended convolution and the products equal the plain one, and compile to what XLA's CPU backend runs fast."""
 
 import re
 from collections import Counter
@@ -80,6 +80,35 @@ def test_equals_plain_in_float64(kind, size):
             assert_close(actual, expected, 1e-13)
 
 
+@pytest.mark.parametrize(
+    ("kind", "batch", "size", "channels", "outputs"),
+    [
+        ((3, 1, 1), 19, (6, 8), 3, 5),  # two slices and a rest; a banded product forwards
+        ((3, 1, 1), 16, (4, 4), 8, 8),  # in both directions
+        ((3, 1, 1), 9, (5, 7), 16, 9),
+        ((3, 1, 2), 9, (7, 8), 4, 6),
+        ((1, 0, 2), 11, (8, 8), 4, 6),
+        ((3, 1, 1), 3, (4, 4), 2, 2),  # less than a slice
+    ],
+)
+def test_products_equal_plain_in_float64(kind, batch, size, channels, outputs):
+    taps, pad, stride = kind
+    draw = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        images = jnp.asarray(draw.normal(size=(batch, *size, channels)))
+        kernel = jnp.asarray(draw.normal(size=(taps, taps, channels, outputs)))
+
+        def both(name):
+            def loss(images, kernel):
+                pads = ((pad, pad), (pad, pad))
+                out = conv(name)(images, kernel, (stride, stride), pads, dimension_numbers=NHWC)
+                return jnp.sin(out).sum(), out
+
+            return quick_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(images, kernel)
+
+        assert_close(jax.tree.leaves(both("products")), jax.tree.leaves(both("plain")), 1e-13)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_equals_plain_in_low_precision(kind, dtype, tolerance):
@@ -146,8 +175,9 @@ def test_hessian_vector_product_equals_plain():
             return forward_over_reverse, reverse_over_reverse(kernel)
 
         both = quick_jit(lambda *args: [product(name, *args) for name in FORMULATIONS])
-        plain, mended = both(images[0], kernels[0], kernels[1])
-        assert_close(mended, plain, 1e-12)
+        plain, *others = both(images[0], kernels[0], kernels[1])
+        for other in others:
+            assert_close(other, plain, 1e-12)
 
 
 def convolution_layouts(compiled_text):
@@ -193,6 +223,12 @@ def training_loop_layouts(convolution, side):
     with jax.default_device(jax.devices("cpu")[0]):
         lowered = quick_jit(train).lower(variables, images)
     return convolution_layouts(lowered.compile().as_text())
+
+
+def test_products_have_no_slow_convolution_in_a_training_loop():
+    layouts = training_loop_layouts("products", 16)
+    assert set(layouts) == {CANONICAL}
+    assert layouts.total() < 24  # the kernels' gradients are products
 
 
 @pytest.mark.parametrize("side", [16, 8])
