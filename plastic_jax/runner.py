@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +230,17 @@ class Training:
         self.done: list[train.Records] = []  # of finished programs
         self.stop: int | None = None
         self.config = workdir.read_json(path / "config.json")
+        self.spent = {"checkpoints and tables": 0.0, "W&B": 0.0, "report": 0.0}  # seconds that training waited for them
+
+    @contextlib.contextmanager
+    def _spending(self, on: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.spent[on] += time.monotonic() - begin
 
     def run(self) -> None:
-        """Train what is not trained yet, then report."""
+        """Train what is not trained yet, then report, and say where the time went."""
+        began = time.monotonic()
         checkpoints = Checkpoints(self.path / "checkpoints" / "run")
         tracker = self._tracker()
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -242,8 +250,12 @@ class Training:
         finally:
             for number, handler in before.items():
                 _set_signal(number, handler)
-            checkpoints.close()
+            with self._spending("checkpoints and tables"):
+                checkpoints.close()
         self._report(tracker)
+        whole = time.monotonic() - began
+        parts = ", ".join(f"{name} {seconds:.1f} s ({seconds / whole:.1%})" for name, seconds in self.spent.items())
+        self.say(f"Time:    {whole:.0f} s; of that {parts}.")
 
     def _tracker(self) -> tracking.Tracker:
         trials = [tracking.Trial(**t) for t in self.config["trials"]]
@@ -306,9 +318,10 @@ class Training:
         saved = time.monotonic()
         while live.step():
             released = live.released()
-            tracker.log(
-                list(rows.rows(self.study, live.plan, live.records, released)) if tracker.mode == "online" else []
-            )
+            with self._spending("W&B"):
+                tracker.log(
+                    list(rows.rows(self.study, live.plan, live.records, released)) if tracker.mode == "online" else []
+                )
             bar.update(min(passed + live.steps_done, bar.total) - bar.n)
             due = time.monotonic() - saved > 60 * self.study.sweep.checkpoint_minutes
             if due or self.stop is not None:
@@ -319,11 +332,12 @@ class Training:
                 raise Interrupted(signal.Signals(self.stop).name)
 
     def _save(self, checkpoints: Checkpoints, live: train.ProgramRun | None) -> None:
-        arrays, program = live.snapshot() if live else ({}, None)
+        arrays, program = live.snapshot() if live else ({}, None)  # waits for the chunk that is being trained
         done = [(sorted(r.items()), p.reaches()) for p, r in zip(self.programs, self.done, strict=False)]
         host = {"done": done, "program": program}
-        checkpoints.save(arrays, host)
-        self._write_table(live)
+        with self._spending("checkpoints and tables"):
+            checkpoints.save(arrays, host)
+            self._write_table(live)
 
     def _keep(self, live: train.ProgramRun, number: int) -> None:
         if self.study.sweep.keep != "none":
@@ -344,6 +358,7 @@ class Training:
         results.write(table, self.path / "results.parquet", self.study.swept)
 
     def _report(self, tracker: tracking.Tracker) -> None:
+        begin = time.monotonic()
         table = results.read(self.path / "results.parquet")
         setting = rows.setting(self.study)
         summary = results.summary(table, setting)
@@ -364,7 +379,9 @@ class Training:
             command=self.config["command"],
             notes=self._notes(),
         )
-        tracker.finish(table, summary)
+        self.spent["report"] = time.monotonic() - begin
+        with self._spending("W&B"):
+            tracker.finish(table, summary)
         self.say("\n" + report.terminal_table(summary, setting))
         self.say("Figures: " + ", ".join(str(f.path) for f in drawn) + f"\nReport:  {page}")
 
