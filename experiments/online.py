@@ -1,11 +1,13 @@
 """Data that arrive in chunks: the online setting of Ash & Adams (arXiv 1910.08475), on which the paper builds.
 
-    python -m experiments.online                    # quickstart: digits, under 3 minutes on 2 cores
-    python -m experiments.online --preset=paper     # ResNet-18 on CIFAR-10 in ten chunks, for accelerators
+    python -m experiments.online                # quickstart: digits, 47 s
+    python -m experiments.online --preset=paper # ResNet-18 on CIFAR-10 in ten chunks, for accelerators
 
 After each chunk a network is trained on all the examples so far, until 99 % train accuracy: warm, from where the last
 stage ended, or fresh, from a new initialisation. Expected (Ash & Adams): the warm one generalises worse, from the first
 chunks on.
+
+The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 """
 
 from typing import Any

@@ -33,11 +33,16 @@ REACHED = 0.99  # train accuracy by which training speed is measured (the paper'
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of `accuracy_against`: the swept field on its axis, the axis' label, the values that lines must have."""
+    """A panel of `accuracy_against`: the swept field on its axis, the axis' label, the values that lines must have.
+
+    `line`: name of a line that nothing else tells apart; `beside`: of a fresh arm on which `x` has no effect.
+    """
 
     x: str
     xlabel: str
     only: Mapping[str, Any] = field(default_factory=dict)
+    line: str = "mean"
+    beside: str = "fresh"
 
 
 def _estimate(values: np.ndarray) -> tuple[float, float, float]:
@@ -105,13 +110,17 @@ def _draw_panel(
         drawn = sorted([*shared, *own], key=lambda arm: place[arm[panel.x]])
         at = np.array([place[arm[panel.x]] for arm in drawn]) + (index - (len(lines) - 1) / 2) * slot
         means, below, above = np.array([_estimate(samples[arm["arm"]]) for arm in drawn]).T
-        label = ", ".join(filter(None, [name, _kind(values, fresh, told)])) or _only(panel)
+        label = (
+            ", ".join(filter(None, [name, _kind(values, fresh, told)]))
+            or combination(panel.only, list(panel.only))
+            or panel.line
+        )
         axes.errorbar(at, means, [below, above], color=colour, capsize=3, elinewidth=1.2, ms=6, label=label, **look)
     beside = [arm for arm in arms if arm[panel.x] is None]
     for arm, style in zip(beside, ("--", ":", "-."), strict=False):
         mean, below, above = _estimate(samples[arm["arm"]])
         axes.axhspan(mean - below, mean + above, color=GREY, alpha=0.13, lw=0)
-        name = "fresh" if setting.is_fresh(arm["arm"]) else arm["arm"]
+        name = panel.beside if setting.is_fresh(arm["arm"]) else arm["arm"]
         axes.axhline(mean, color=GREY, ls=style, lw=1.4, zorder=1, label=name)
     value_ticks(axes, place)
     return logarithmic
@@ -121,10 +130,6 @@ def _kind(values: Arm, fresh: bool, told: Sequence[str]) -> str:
     if WARM_START not in told:
         return ""
     return "fresh" if fresh else f"pretrained for {value_text(values[WARM_START])} epochs"
-
-
-def _only(panel: Panel) -> str:
-    return combination({**panel.only}, list(panel.only)) or "mean"
 
 
 def reset_gaps(

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def value_text(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def combination(arm: dict[str, Any], fields: Sequence[str]) -> str:
+def combination(arm: Mapping[str, Any], fields: Sequence[str]) -> str:
     """An arm's values of some swept fields, in words; fields without effect on it are left out."""
     return ", ".join(f"{field}={value_text(arm[field])}" for field in fields if arm[field] is not None)
 
