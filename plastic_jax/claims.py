@@ -68,6 +68,7 @@ import numpy as np
 import pandas as pd
 
 from plastic_jax import inference
+from plastic_jax.config import reset_modules
 from plastic_jax.evidence import Evidence
 
 ALPHA = 0.05  # of the whole table
@@ -141,17 +142,6 @@ class Claim:
     unit: str = "points"
     source: str = "paper"
     paper: Mapping[str, Any] = field(default_factory=dict)
-
-
-def modules(reset: str | None) -> frozenset[int]:
-    """The modules that `reset` names: `none`, `6`, `1-3`, `1+4-6`."""
-    if reset in (None, "none"):
-        return frozenset()
-    found: set[int] = set()
-    for part in str(reset).split("+"):
-        first, _, last = part.partition("-")
-        found |= {*range(int(first), int(last or first) + 1)}
-    return frozenset(found)
 
 
 def _label(evidence: Evidence, arm: str, fields: tuple[str, ...]) -> str:
@@ -260,7 +250,7 @@ def _has_six(values: Values) -> bool:
 
 def _reset_level(wanted: Callable[[frozenset[int]], bool]) -> Callable[[Values], frozenset[int] | None]:
     def level(values: Values) -> frozenset[int] | None:
-        found = modules(values["reset"])
+        found = frozenset(reset_modules(values["reset"] or "none"))
         return found if _has_six(values) and wanted(found) else None
 
     return level
