@@ -16,7 +16,7 @@ import plastic_jax
 from experiments import claims as command
 from experiments import warm_start
 from plastic_jax import claims, evidence, experiment, inference, results, verdict_table, verdicts
-from plastic_jax.claims import CLAIMS, Measured, Sample, modules
+from plastic_jax.claims import CLAIMS, Measured, Sample
 from plastic_jax.config import Config, canonical
 from plastic_jax.errors import InputError
 from plastic_jax.evidence import Evidence
@@ -378,11 +378,6 @@ def test_holm_runs_over_both_p_values_of_every_row():
     assert [row[0] for row in found] == ["undecided", "undecided"] and found[0][1] == pytest.approx(0.08)
     assert [row[0] for row in verdicts.decide([(0.99, 0.001), (0.012, 0.99)])] == ["refuted", "supported"]
     assert verdicts.decide([(0.001, 0.001)])[0][0] == "refuted"
-
-
-def test_modules_of_a_reset():
-    assert modules("none") == modules(None) == frozenset()
-    assert modules("6") == {6} and modules("1-3") == {1, 2, 3} and modules("1+4-6") == {1, 4, 5, 6}
 
 
 # Tables
