@@ -227,6 +227,24 @@ def flops_check(point: Config, dataset: Dataset) -> float:
     return found["flops"] / costs.costs(point, SPECS[point.model]).step_flops
 
 
+def evaluation_share(point: Config, choice: Candidate, devices: Sequence[Any]) -> float:
+    """Seconds of an evaluation over those that its forward FLOPs would take at the training step's rate."""
+    spec, tests = SPECS[point.model], 2048
+    slots = choice.block * len(devices)
+    form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)
+    few, many = (
+        calibration.trainer(point, calibration.synthetic(spec, point.batch_size * BATCHES, count), form, devices)
+        for count in (calibration.TESTS, tests)
+    )
+    for run in (few, many):
+        calibration.train(run, 1)
+    seconds = [(calibration.train(few, 1), calibration.train(many, 1)) for _ in range(ROUNDS)]
+    step = statistics.median(short for short, _ in seconds) / BATCHES
+    evaluation = statistics.median(long - short for short, long in seconds)
+    cost = costs.costs(point, spec)
+    return evaluation / (step * tests * cost.evaluation_flops / cost.step_flops)
+
+
 def check(point: Config, trials: Sequence[int]) -> None:
     """Refuse trials that do not fit the device, and say how many would.
 
@@ -257,16 +275,12 @@ def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def rows_of(point: Config, trials: Sequence[int], python: str | None, devices: Sequence[Any]) -> list[Row]:
+def rows_of(
+    point: Config, chosen: Candidate, trials: Sequence[int], python: str | None, devices: Sequence[Any]
+) -> list[Row]:
     """The rows for one network, the most telling first."""
-    kind, cpu = jax.default_backend(), devices[0].platform == "cpu"
-    sweep = Sweep.of({"model": point.model})
-    found = trial_axis.candidates(sweep, point.model, kind)
+    cpu = devices[0].platform == "cpu"
     several = max(t for t in trials if t <= 16) if min(trials) <= 16 else min(trials)
-    chosen = found[0]
-    if len(found) > 1:
-        measured = calibration.measure_all(point, SPECS[point.model], found)
-        chosen = calibration._best(found, measured)
     rows = [core_row(f"ours, as chosen ({chosen})", point, chosen, several, devices)]
     if python:
         spec = SPECS[point.model]
@@ -274,17 +288,18 @@ def rows_of(point: Config, trials: Sequence[int], python: str | None, devices: S
         sizes: Any = {name: getattr(point, name) for name in same}
         work = Work(**sizes, shape=spec.shape, classes=spec.classes, device="cpu" if cpu else "cuda")
         rows += [torch_row(name, python, *way) for name, way in torch_ways.ways(work, len(devices)).items()]
-    rows += [one_row(point)]
+    # Compiling PyTorch's takes minutes: what every ratio needs comes first.
+    rows = [r for r in rows if "compiled" not in r.name] + [one_row(point)] + [r for r in rows if "compiled" in r.name]
+    rows.insert(4, obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     axes = [("map", 1), ("vmap", 8), ("unroll", 4)]
-    convolutions = ("products", "mended", "plain") if point.model == "resnet" else ("plain",)
-    others = [Candidate(axis, convolution, block) for convolution in convolutions for axis, block in axes]
+    convolutions = ("mended", "products", "plain") if point.model == "resnet" else ("plain",)
+    others = [Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions]
     for other in others:
         if other != chosen:
             slow = cpu and point.model == "resnet" and (other.convolution == "plain" or other.trial_axis == "vmap")
             few = other.block * len(devices) if slow else several
             rows.append(core_row(f"ours, {other}", point, other, few, devices))
     rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
-    rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     rows += [core_row(f"ours, as chosen, {t} trials", point, chosen, t, devices) for t in trials if t != several]
     return rows
 
@@ -296,7 +311,10 @@ def compare(
     devices, end = jax.local_devices(), time.monotonic() + 60 * minutes
     label = f"{point.model} width {point.width}, batch {point.batch_size}"
     rows, left_out = [], []
-    for row in rows_of(point, trials, python, devices):
+    found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend())
+    measured = calibration.measure_all(point, SPECS[point.model], found) if len(found) > 1 else {}
+    chosen = calibration.best(found, measured) if measured else found[0]
+    for row in rows_of(point, chosen, trials, python, devices):
         if time.monotonic() > end - 18 * minutes:  # the rest of the time is for the samples
             left_out.append(f"{row.name} (no time)")
             continue
@@ -319,6 +337,7 @@ def compare(
             rates[name].append(stick())
     for row in rows:
         row.close()
+    evaluation = evaluation_share(point, chosen, devices) if time.monotonic() < end else None
     dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
     cost, seen = (
         costs.costs(point, SPECS[point.model]),
@@ -356,6 +375,8 @@ def compare(
         "padded_step_flops": cost.padded_step_flops,
         "traffic_bytes": cost.traffic_bytes,
         "compiled_flops_over_closed_form": flops_check(point, dataset),
+        "evaluation_over_forward_share": evaluation,
+        "calibration": measured,
         "rates": seen,
         "rows": table,
         "left_out": left_out,

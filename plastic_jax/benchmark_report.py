@@ -39,6 +39,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"({found['padded_step_flops'] / 1e9:.3g} with padding, which utilisation is counted by), XLA counts "
         f"{found['compiled_flops_over_closed_form']:.3f} of the closed form's."
     )
+    if found["evaluation_over_forward_share"] is not None:
+        after += f" An evaluation takes {found['evaluation_over_forward_share']:.2f} times its forward FLOPs' share of a step."
     left = f" Left out: {'; '.join(found['left_out'])}." if found["left_out"] else ""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n" + after + left + "\n"
 

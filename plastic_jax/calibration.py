@@ -30,7 +30,7 @@ CLEARLY = 0.95
 """What another candidate's time must be below, in times of the rule's own, to be taken: less may be noise."""
 SECONDS, ROUNDS = 0.4, 5  # of a sample, and samples of each candidate
 _BATCHES = 4  # of the synthetic train set
-_TESTS = 8
+TESTS = 8
 _UNMEASURED = ("dataset", "train_examples", "validation_fraction", "schedule", "initialisation")  # do not set the pace
 
 
@@ -66,16 +66,16 @@ def choose(sweep: Sweep, point: Config, spec: DatasetSpec, flops: float, kind: s
     file = backend.cache() / "calibration" / f"{_key(point, spec, found)}.json"
     remembered = _read(file, found)
     if remembered:
-        return Choice(_best(found, remembered), "remembered", remembered)
+        return Choice(best(found, remembered), "remembered", remembered)
     if not measure:
         return Choice(found[0], "to be measured", {})
     measured = measure_all(point, spec, found)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps({"device": backend.device(), "milliseconds": measured}).encode())
-    return Choice(_best(found, measured), "measured", measured)
+    return Choice(best(found, measured), "measured", measured)
 
 
-def _best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidate:
+def best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidate:
     """The fastest, or the first one where no other is clearly faster."""
     fastest = min(found, key=lambda c: milliseconds[str(c)])
     return fastest if milliseconds[str(fastest)] < CLEARLY * milliseconds[str(found[0])] else found[0]
@@ -96,7 +96,7 @@ def _read(file: Any, found: Sequence[Candidate]) -> dict[str, float]:
     return held if all(0 < value < float("inf") for value in held.values()) else {}
 
 
-def synthetic(spec: DatasetSpec, examples: int, tests: int = _TESTS) -> Dataset:
+def synthetic(spec: DatasetSpec, examples: int, tests: int = TESTS) -> Dataset:
     """A data set of random bytes and labels with those shapes; [examples, H, W, C]."""
     random = np.random.default_rng(0)
 

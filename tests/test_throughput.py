@@ -59,7 +59,7 @@ def test_a_damaged_memory_is_measured_anew(damage):
 def test_the_fastest_is_taken_only_where_it_is_clearly_faster():
     rule, other = candidates(AUTO, "mlp", "cpu")
     for factor, taken in ((0.96, rule), (0.9, other), (1.5, rule)):
-        assert calibration._best((rule, other), {str(rule): 1.0, str(other): factor}) == taken
+        assert calibration.best((rule, other), {str(rule): 1.0, str(other): factor}) == taken
 
 
 def test_what_the_user_sets_is_kept_to():
