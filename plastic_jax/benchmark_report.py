@@ -40,7 +40,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['compiled_flops_over_closed_form']:.3f} of the closed form's."
     )
     if found["evaluation_over_forward_share"] is not None:
-        after += f" An evaluation takes {found['evaluation_over_forward_share']:.2f} times its forward FLOPs' share of a step."
+        share = found["evaluation_over_forward_share"]
+        after += f" An evaluation takes {share:.2f} times its forward FLOPs' share of a step."
     left = f" Left out: {'; '.join(found['left_out'])}." if found["left_out"] else ""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n" + after + left + "\n"
 
