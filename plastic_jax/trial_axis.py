@@ -58,14 +58,13 @@ class Candidate:
 def candidates(sweep: Sweep, model: str, backend: str) -> tuple[Candidate, ...]:
     """What there is to choose from, the one that is taken unmeasured first; what the user has set is kept to.
 
-    On a CPU trials go one after another, and convolutions have gradients for its loops: the obvious program, `vmap`
-    over `plain` convolutions, was measured 30 times slower (RESULTS.md). Elsewhere nothing has been measured yet:
-    MLPs are batched, convolutional nets run one after another with the backend's own convolution.
+    On a CPU trials go one after another, and convolutions have gradients for its loops (RESULTS.md). Elsewhere nothing
+    has been measured yet: MLPs are batched, convolutional nets run one after another with XLA's own convolution.
     """
     cpu, mlp = backend == "cpu", model == "mlp"
     if cpu:
         axes = [("map", 1), ("vmap", 8)] if mlp else [("map", 1)]
-        convolutions = ["plain"] if mlp else ["mended", "products"]
+        convolutions = ["plain"] if mlp else ["products", "mended"]
     else:
         axes = [("vmap", 8), ("vmap", 32), ("map", 1)] if mlp else [("map", 1), ("unroll", 4), ("vmap", 8)]
         convolutions = ["plain"] if mlp else ["plain", "products"]
