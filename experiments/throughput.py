@@ -48,7 +48,10 @@ def run(config: dict[str, Any], workdir: str, python: str) -> None:
     version = torch_ways.version(python)
     print(f"PyTorch {version}." if version else "No PyTorch: its rows are left out (pip install -e '.[torch]').")
     folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be made ({error.strerror}): name another folder.") from None
     results: list[dict[str, Any]] = []
     grown = None
     for point in points:

@@ -70,7 +70,7 @@ class Row:
 
 
 def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: Sequence[Any]) -> Row:
-    """Our core with that formulation; trials beside each other are at least a block a device, at most `trials`."""
+    """Our core with that formulation; as many whole blocks a device as `trials` fill, at least one."""
     slots = max(1, trials // (choice.block * len(devices))) * choice.block * min(len(devices), max(1, trials))
 
     def start() -> Any:
@@ -80,10 +80,9 @@ def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: 
         form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)
         slow = choice.convolution == "plain" and point.model == "resnet" and devices[0].platform == "cpu"
         run = calibration.trainer(point, short if slow else dataset, form, devices)
-        each = 1 if slow else BATCHES
 
         def train(epochs: int) -> tuple[float, int]:
-            return calibration.train(run, epochs), epochs * each * slots
+            return calibration.train(run, epochs)
 
         train(1)
         return train, run.chunk_bytes(), lambda: None
@@ -238,7 +237,7 @@ def evaluation_share(point: Config, choice: Candidate, devices: Sequence[Any]) -
     )
     for run in (few, many):
         calibration.train(run, 1)
-    seconds = [(calibration.train(few, 1), calibration.train(many, 1)) for _ in range(ROUNDS)]
+    seconds = [(calibration.train(few, 1)[0], calibration.train(many, 1)[0]) for _ in range(ROUNDS)]
     step = statistics.median(short for short, _ in seconds) / BATCHES
     evaluation = statistics.median(long - short for short, long in seconds)
     cost = costs.costs(point, spec)
@@ -288,9 +287,8 @@ def rows_of(
         sizes: Any = {name: getattr(point, name) for name in same}
         work = Work(**sizes, shape=spec.shape, classes=spec.classes, device="cpu" if cpu else "cuda")
         rows += [torch_row(name, python, *way) for name, way in torch_ways.ways(work, len(devices)).items()]
-    # Compiling PyTorch's takes minutes: what every ratio needs comes first.
+    # Compiling PyTorch's takes long: what every ratio needs comes first.
     rows = [r for r in rows if "compiled" not in r.name] + [one_row(point)] + [r for r in rows if "compiled" in r.name]
-    rows.insert(4, obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     axes = [("map", 1), ("vmap", 8), ("unroll", 4)]
     convolutions = ("mended", "products", "plain") if point.model == "resnet" else ("plain",)
     others = [Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions]
@@ -299,8 +297,10 @@ def rows_of(
             slow = cpu and point.model == "resnet" and (other.convolution == "plain" or other.trial_axis == "vmap")
             few = other.block * len(devices) if slow else several
             rows.append(core_row(f"ours, {other}", point, other, few, devices))
+    # On a CPU its convolutions take minutes a step.
+    rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
-    rows += [core_row(f"ours, as chosen, {t} trials", point, chosen, t, devices) for t in trials if t != several]
+    rows += [core_row(f"ours, as chosen, up to {t} trials", point, chosen, t, devices) for t in trials if t != several]
     return rows
 
 
@@ -310,7 +310,8 @@ def compare(
     """Measure all rows for one network within so many minutes; what does not fit is left out and named."""
     devices, end = jax.local_devices(), time.monotonic() + 60 * minutes
     label = f"{point.model} width {point.width}, batch {point.batch_size}"
-    rows, left_out = [], []
+    rows: list[Row] = []
+    left_out: list[str] = []
     found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend())
     measured = calibration.measure_all(point, SPECS[point.model], found) if len(found) > 1 else {}
     chosen = calibration.best(found, measured) if measured else found[0]

@@ -5,9 +5,13 @@ is taken if it is clearly faster than the one that the rule names. What was meas
 folder, by device, versions, model and shapes. Where a run is too short for measuring to pay, the rule decides.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +23,6 @@ import numpy as np
 from plastic_jax import backend, plan, trial
 from plastic_jax.config import FIELDS, STATIC, Config, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
-from plastic_jax.results import replace_file
 from plastic_jax.train import ProgramRun
 from plastic_jax.trial_axis import Candidate, Formulation, candidates
 
@@ -47,7 +50,9 @@ class Choice:
         return {"source": self.source, "milliseconds": self.milliseconds}
 
 
-def choose(sweep: Sweep, point: Config, spec: DatasetSpec, flops: float, kind: str, *, measure: bool) -> Choice:
+def choose(
+    sweep: Sweep, point: Config, spec: DatasetSpec, flops: float, kind: str, *, leaves: int, measure: bool
+) -> Choice:
     """The formulation for a program of so many `flops` on the devices at hand.
 
     Args:
@@ -55,10 +60,12 @@ def choose(sweep: Sweep, point: Config, spec: DatasetSpec, flops: float, kind: s
       point: the program's static values.
       spec: sizes of its data set.
       flops: what all of the program computes.
+      leaves: trials that can be trained side by side on a device; wider blocks are no candidates, but for the rule's.
       kind: the backend, as `jax.default_backend()`; another one is planned for by the rule.
       measure: whether to measure what is not remembered; False for a dry run.
     """
-    found = candidates(sweep, point.model, kind)
+    rule, *others = candidates(sweep, point.model, kind)
+    found = (rule, *(c for c in others if c.block <= max(leaves, rule.block)))
     if len(found) == 1:
         return Choice(found[0], "set" if "auto" not in (sweep.trial_axis, sweep.convolution) else "rule", {})
     if flops < WORTH.get(kind, WORTH_ELSEWHERE) or kind != jax.default_backend():
@@ -70,27 +77,34 @@ def choose(sweep: Sweep, point: Config, spec: DatasetSpec, flops: float, kind: s
     if not measure:
         return Choice(found[0], "to be measured", {})
     measured = measure_all(point, spec, found)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, json.dumps({"device": backend.device(), "milliseconds": measured}).encode())
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason not to train
+        file.parent.mkdir(parents=True, exist_ok=True)
+        own = file.with_suffix(f".{os.getpid()}")  # other runs may be saving the same
+        own.write_text(json.dumps({"device": backend.device(), "milliseconds": measured}))
+        own.replace(file)
     return Choice(best(found, measured), "measured", measured)
 
 
 def best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidate:
     """The fastest, or the first one where no other is clearly faster."""
-    fastest = min(found, key=lambda c: milliseconds[str(c)])
-    return fastest if milliseconds[str(fastest)] < CLEARLY * milliseconds[str(found[0])] else found[0]
+    ran = [c for c in found if str(c) in milliseconds] or [found[0]]
+    fastest = min(ran, key=lambda c: milliseconds.get(str(c), math.inf))
+    rule = milliseconds.get(str(found[0]), math.inf)
+    return fastest if milliseconds.get(str(fastest), math.inf) < CLEARLY * rule else found[0]
 
 
 def _key(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> str:
     values = {name: getattr(point, name) for name in STATIC if name not in _UNMEASURED}
-    where = [backend.device(), jax.__version__, list(spec.shape), spec.classes, [str(c) for c in found]]
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "plastic_jax")]
+    where = [backend.device(), versions, list(spec.shape), spec.classes, [str(c) for c in found]]
     return hashlib.sha256(json.dumps([values, where], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read(file: Any, found: Sequence[Candidate]) -> dict[str, float]:
     """What was measured before; empty where nothing was, or where the file is damaged."""
     try:
-        held = {str(c): float(json.loads(file.read_text())["milliseconds"][str(c)]) for c in found}
+        times = json.loads(file.read_text())["milliseconds"]
+        held = {str(c): float(times[str(c)]) for c in found if str(c) in times}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return held if all(0 < value < float("inf") for value in held.values()) else {}
@@ -119,29 +133,32 @@ def trainer(point: Config, dataset: Dataset, form: Formulation, devices: Sequenc
     return ProgramRun(program, dataset, form, devices, 1)
 
 
-def train(run: ProgramRun, epochs: int) -> float:
-    """Seconds that all trials of a `trainer` take for so many epochs."""
+def train(run: ProgramRun, epochs: int) -> tuple[float, int]:
+    """Train all trials of a `trainer` to their next multiple of so many epochs: seconds, and the trial-steps taken."""
     run.eval_every = epochs
-    begin = time.perf_counter()
+    before, begin = run.steps_done, time.perf_counter()
     run.step()
     run.flush()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, run.steps_done - before
 
 
 def measure_all(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> dict[str, float]:
-    """Milliseconds a trial-step of each candidate: medians of samples taken in turns."""
+    """Milliseconds a trial-step of each candidate that the device can run: medians of samples taken in turns."""
     devices = jax.local_devices()
     dataset = synthetic(spec, _BATCHES * point.batch_size)
     together = max(c.block for c in found)  # the same number of trials for all
     runs, epochs = {}, {}
     for c in found:
         form = Formulation(c.trial_axis, c.convolution, together * len(devices), c.block)
-        runs[c] = trainer(point, dataset, form, devices)
-        train(runs[c], 1)  # compiles
-        epochs[c] = max(1, round(SECONDS / train(runs[c], 1)))
-    samples: dict[Candidate, list[float]] = {c: [] for c in found}
+        try:
+            runs[c] = trainer(point, dataset, form, devices)
+            train(runs[c], 1)  # compiles
+            epochs[c] = max(1, round(SECONDS / train(runs[c], 1)[0]))
+        except RuntimeError:  # out of memory, or nothing that this backend compiles
+            runs.pop(c, None)
+    samples: dict[Candidate, list[float]] = {c: [] for c in runs}
     for _ in range(ROUNDS):
-        for c in found:
-            steps = epochs[c] * _BATCHES * together * len(devices)
-            samples[c].append(1e3 * train(runs[c], epochs[c]) / steps)
-    return {str(c): round(statistics.median(samples[c]), 4) for c in found}
+        for c, run in runs.items():
+            seconds, steps = train(run, epochs[c])
+            samples[c].append(1e3 * seconds / steps)
+    return {str(c): round(statistics.median(samples[c]), 4) for c in runs}

@@ -6,8 +6,8 @@ born in that layout; the two convolutions that JAX derives for its gradients are
 `lax.scan`, `lax.while_loop` or `lax.map` they fall back to a naive loop. `mended` writes both
 gradients as convolutions in the fast layout themselves.
 
-`products` is `mended` with matrix products where they were measured to pay (RESULTS.md; two CPU cores, AVX-512, one
-device a core, inside a loop, 2026-11-22), a few images at a time, so that what is laid out stays in the cache:
+`products` is `mended` with matrix products where they were measured to pay (two CPU cores, AVX-512, one device a
+core, inside a loop, 2026-11-22), a few images at a time, so that what is laid out stays in the cache:
 
 - the gradient of every kernel: 1.2 times as fast as the mended one with 8 channels, 1.6 to 2.4 times with 16 to 64. In
   a whole network it also spares the transposed copies, which XLA fuses with all that comes before;

@@ -84,7 +84,8 @@ def _program(
     limits: Any = dict(leaves=program.leaves, memory=memory, devices=devices)
     _check_memory(point, plainly, formulation(rule, sweep, point.model, plainly, **limits), memory, devices)
     flops = steps * plainly.step_flops + evaluated * plainly.evaluation_flops
-    choice = calibration.choose(sweep, point, spec, flops, backend, measure=measure)
+    leaves = -(-program.leaves // devices)
+    choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
     cost = costs.costs(point, spec, choice.candidate.convolution)
     chosen = formulation(choice.candidate, sweep, point.model, cost, **limits)
     used, needed = _check_memory(point, cost, chosen, memory, devices)

@@ -13,7 +13,7 @@ from plastic_jax.benchmark import SPECS
 from plastic_jax.config import Config
 from plastic_jax.trial_axis import Candidate, Formulation
 
-TRIALS, EPOCHS, BATCHES, DEPTHS = (2, 4, 16, 64), (2, 8, 32), (16, 64, 256), (1, 2, 4)
+BLOCKS, EPOCHS, BATCHES, DEPTHS = (1, 2, 8), (2, 8, 32), (16, 64, 256), (1, 2, 4)
 REPEATS = 3
 
 
@@ -32,11 +32,11 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any]) -> dict[str
         return calibration.trainer(of, dataset, form, over)
 
     def seconds(live: Any, epochs: int) -> float:
-        calibration.train(live, epochs)
-        return statistics.median(calibration.train(live, epochs) for _ in range(REPEATS))
+        calibration.train(live, epochs)  # compiles, and comes to a multiple of the epochs
+        return statistics.median(calibration.train(live, epochs)[0] for _ in range(REPEATS))
 
     curves: dict[str, list[tuple[float, float]]] = {}
-    counts = [t for t in TRIALS if t % whole == 0]
+    counts = [whole * blocks for blocks in BLOCKS]
     of_trials = [run(t, BATCHES[0]) for t in counts]
     curves["seconds_of_trials"] = [(t, seconds(live, 2)) for t, live in zip(counts, of_trials, strict=True)]
     curves["bytes_of_trials"] = [(t, live.chunk_bytes()) for t, live in zip(counts, of_trials, strict=True)]

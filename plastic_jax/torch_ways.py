@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,10 @@ class Way:
         """Starts the workers and waits until they have compiled and taken their first steps."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "PYTHONWARNINGS": "ignore"}
         command = [python, str(_WORKER), json.dumps(dataclasses.asdict(work))]
-        self._workers = [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env=environment,
-            )
-            for _ in range(processes)
-        ]  # fmt: skip
+        # A pipe that nobody reads would fill and block them.
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True)
+        self._workers = [subprocess.Popen(command, env=environment, **pipes) for _ in range(processes)]
         try:
             self.ready = max(self._answer(worker)["ready"] for worker in self._workers)
         except RuntimeError:
@@ -61,7 +59,8 @@ class Way:
     def _answer(self, worker: Any) -> dict[str, Any]:
         line = worker.stdout.readline()
         if not line:
-            said = (worker.stderr.read() or "").strip().splitlines()
+            self._said.seek(0)
+            said = self._said.read().strip().splitlines()
             raise RuntimeError(said[-1] if said else "the worker ended without a word")
         return json.loads(line)
 
@@ -84,3 +83,4 @@ class Way:
         for worker in self._workers:
             worker.kill()
             worker.communicate()
+        self._said.close()

@@ -58,7 +58,7 @@ class Candidate:
 def candidates(sweep: Sweep, model: str, backend: str) -> tuple[Candidate, ...]:
     """What there is to choose from, the one that is taken unmeasured first; what the user has set is kept to.
 
-    On a CPU trials go one after another, and convolutions have gradients for its loops (RESULTS.md). Elsewhere nothing
+    On a CPU trials go one after another, and convolutions have gradients for its loops. Elsewhere nothing
     has been measured yet: MLPs are batched, convolutional nets run one after another with XLA's own convolution.
     """
     cpu, mlp = backend == "cpu", model == "mlp"

@@ -30,29 +30,29 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_short_run_takes_the_rules_formulation_unmeasured():
-    choice = calibration.choose(AUTO, SMALL, SPEC, 1.0, "cpu", measure=True)
+    choice = calibration.choose(AUTO, SMALL, SPEC, 1.0, "cpu", leaves=9, measure=True)
     assert (choice.source, choice.milliseconds) == ("rule", {})
     assert choice.candidate == candidates(AUTO, "mlp", "cpu")[0]
     assert not backend.cache().exists()
 
 
 def test_a_long_run_measures_once_and_remembers():
-    first = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", measure=True)
+    first = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=True)
     assert first.source == "measured"
     assert set(first.milliseconds) == {str(c) for c in candidates(AUTO, "mlp", "cpu")}
     assert all(0 < value < 1e3 for value in first.milliseconds.values())
-    again = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", measure=False)
+    again = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=False)
     assert again == dataclasses.replace(first, source="remembered")
-    other = calibration.choose(AUTO, dataclasses.replace(SMALL, width=9), SPEC, MUCH, "cpu", measure=False)
+    other = calibration.choose(AUTO, dataclasses.replace(SMALL, width=9), SPEC, MUCH, "cpu", leaves=9, measure=False)
     assert (other.source, other.candidate) == ("to be measured", candidates(AUTO, "mlp", "cpu")[0])
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"milliseconds": {}}', '{"milliseconds": {"map/plain": -1}}', "[1]"])
 def test_a_damaged_memory_is_measured_anew(damage):
-    calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", measure=True)
+    calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=True)
     (file,) = (backend.cache() / "calibration").iterdir()
     file.write_text(damage)
-    assert calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", measure=True).source == "measured"
+    assert calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=True).source == "measured"
     assert json.loads(file.read_text())["milliseconds"]
 
 
@@ -65,7 +65,7 @@ def test_the_fastest_is_taken_only_where_it_is_clearly_faster():
 def test_what_the_user_sets_is_kept_to():
     for axis in BLOCKS:
         sweep = Sweep.of({"model": "resnet", "trial_axis": axis, "convolution": "plain"})
-        choice = calibration.choose(sweep, Config(width=2), SPEC, MUCH, "cpu", measure=True)
+        choice = calibration.choose(sweep, Config(width=2), SPEC, MUCH, "cpu", leaves=9, measure=True)
         assert (choice.candidate.trial_axis, choice.candidate.convolution) == (axis, "plain")
         assert choice.source == "set"
 
@@ -85,8 +85,13 @@ def test_the_benchmark_trains_what_it_times():
     """The rows' trials really move on: steps are counted by the core itself."""
     dataset = calibration.synthetic(SPEC, 40)
     run = calibration.trainer(SMALL, dataset, Formulation("map", "plain", 4), jax.local_devices()[:2])
-    assert calibration.train(run, 3) > 0
-    assert run.steps_done == 4 * 3 * 5
+    counted = 0
+    for epochs in (1, 1, 1, 4, 3):  # from epoch 3 to the multiple of 4, then to that of 3
+        seconds, steps = calibration.train(run, epochs)
+        assert seconds > 0
+        counted += steps
+        assert run.steps_done == counted
+    assert counted == 4 * 6 * 5
     assert all(math.isfinite(r["train_loss"]) for records in run.records.values() for r in records)
     assert run.chunk_bytes() > 4 * costs.costs(SMALL, dataset.spec).state_bytes / 2
 
