@@ -314,7 +314,7 @@ def compare(
     left_out: list[str] = []
     found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend())
     measured = calibration.measure_all(point, SPECS[point.model], found) if len(found) > 1 else {}
-    chosen = calibration.best(found, measured) if measured else found[0]
+    chosen = calibration.best(found, measured)
     for row in rows_of(point, chosen, trials, python, devices):
         if time.monotonic() > end - 18 * minutes:  # the rest of the time is for the samples
             left_out.append(f"{row.name} (no time)")
