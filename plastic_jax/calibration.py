@@ -14,7 +14,9 @@ import math
 import os
 import statistics
 import time
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ WORTH_ELSEWHERE = 1e16
 CLEARLY = 0.95
 """What another candidate's time must be below, in times of the rule's own, to be taken: less may be noise."""
 SECONDS, ROUNDS = 0.4, 5  # of a sample, and samples of each candidate
+_PACE = ("convolution.py", "core.py", "models.py", "optimisers.py", "trial_axis.py")  # what sets it
 _BATCHES = 4  # of the synthetic train set
 TESTS = 8
 _UNMEASURED = ("dataset", "train_examples", "validation_fraction", "schedule", "initialisation")  # do not set the pace
@@ -95,8 +98,9 @@ def best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidat
 
 def _key(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> str:
     values = {name: getattr(point, name) for name in STATIC if name not in _UNMEASURED}
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "plastic_jax")]
-    where = [backend.device(), versions, list(spec.shape), spec.classes, [str(c) for c in found]]
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    ours = [zlib.crc32(Path(__file__).with_name(name).read_bytes()) for name in _PACE]
+    where = [backend.device(), versions, ours, list(spec.shape), spec.classes, [str(c) for c in found]]
     return hashlib.sha256(json.dumps([values, where], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -123,7 +123,7 @@ def test_rows_report_rates_and_ratios(monkeypatch, tmp_path):
 
 def test_growth_measures_every_curve(monkeypatch):
     for name, values in (
-        ("TRIALS", (4, 8)),
+        ("BLOCKS", (1, 2)),
         ("EPOCHS", (1, 2)),
         ("BATCHES", (2, 4)),
         ("DEPTHS", (1, 2)),
