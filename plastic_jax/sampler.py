@@ -22,15 +22,15 @@ class TrainSet:
     """A trial's own view of the train set, drawn on the host.
 
     `ids` [N] int32: the data set's example behind each local number; `labels` [N] int32: labels trained on;
-    `permutation` [N] int32 of local numbers; `held_back` [V] int32: examples kept for validation; `sizes`: of the
-    nested data sets D_1 .. D_{n+1}, prefixes of the permutation.
+    `permutation` [N] int32 of local numbers; `held_back` [V] int32: examples kept for validation; `sizes`
+    [n+1] int32: of the nested data sets D_1 .. D_{n+1}, prefixes of the permutation.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     permutation: np.ndarray
     held_back: np.ndarray
-    sizes: tuple[int, ...]
+    sizes: np.ndarray
 
 
 def validation_size(pool: int, fraction: float) -> int:
@@ -63,8 +63,8 @@ def nested_sizes(size: int, classes: int, stages: int, uniform_fraction: float) 
 
 def nested(
     seed: int, permutation: np.ndarray, labels: np.ndarray, classes: int, stages: int, uniform_fraction: float
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The permutation whose prefixes are D_1 .. D_{n+1}, [N] int32, and their sizes (the paper's figure 4, right).
+) -> tuple[np.ndarray, np.ndarray]:
+    """The permutation whose prefixes are D_1 .. D_{n+1}, [N] int32, and their sizes [n+1] int32 (figure 4, right).
 
     The classes are dealt at random to C_1 .. C_{n+1}, as evenly as can be. D_u is the first r N entries of
     `permutation` [N] (nearest whole number, halves up), cut evenly into n + 1 parts, and D_c the others;
@@ -77,7 +77,7 @@ def nested(
     stage = group[labels[permutation]]
     stage[:uniform] = np.repeat(np.arange(parts), _even(uniform, parts))
     sizes = np.cumsum(np.bincount(stage, minlength=parts))
-    return permutation[np.argsort(stage, kind="stable")], tuple(sizes.tolist())
+    return permutation[np.argsort(stage, kind="stable")], sizes.astype(np.int32)
 
 
 def stage_steps(size: int, epochs: int, batch_size: int) -> int:

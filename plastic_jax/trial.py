@@ -272,7 +272,7 @@ def _trial_sizes(point: Config, spec: DatasetSpec, seed: int, labels: np.ndarray
         label_noise=point.label_noise,
         nesting=point.nesting,
     )
-    return drawn.sizes
+    return tuple(drawn.sizes.tolist())
 
 
 def study(

@@ -17,7 +17,7 @@ from plastic_jax import arm_figures, results
 from plastic_jax.results import Setting
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py") if "EXPERIMENT = " in p.read_text())
 FIGURES = {
     "warm_start": {"accuracy_curves", "gap"},
     "smooth_transition": {"gap", "accuracy"},

@@ -45,7 +45,7 @@ def test_nested_stages_are_the_papers(size, n, r, noise):
     assert sorted(drawn.permutation) == list(range(size))
     if noise:
         assert (drawn.labels != uneven[drawn.ids]).any()
-    sizes = [0, *drawn.sizes]
+    sizes = [0, *drawn.sizes.tolist()]
     assert len(sizes) == n + 2 and sizes[-1] == size
     parts = [set(drawn.permutation[a:b].tolist()) for a, b in itertools.pairwise(sizes)]
     # D_u and the C_i are the random part: D_u is what came first in the seed's own order.
@@ -63,7 +63,7 @@ def test_nested_stages_are_the_papers(size, n, r, noise):
     assert {c for group in groups for c in group} == set(range(classes))
     if r == 1:
         assert drawn.permutation.tolist() == plain.permutation.tolist()
-        assert drawn.sizes == sampler.nested_sizes(size, classes, n, r)
+        assert tuple(drawn.sizes) == sampler.nested_sizes(size, classes, n, r)
 
 
 def _completed(members, classes):
@@ -96,7 +96,7 @@ def test_estimated_sizes_are_exact_for_classes_of_one_size():
         drawn = sampler.train_set(
             1, labels, 6, train_examples=0, validation_fraction=0.0, label_noise=0.0, nesting=(n, 0.0)
         )
-        assert drawn.sizes == sampler.nested_sizes(60, 6, n, 0.0)
+        assert tuple(drawn.sizes) == sampler.nested_sizes(60, 6, n, 0.0)
 
 
 def test_the_study_takes_its_sizes_from_the_seeds_labels():
