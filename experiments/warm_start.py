@@ -3,11 +3,7 @@
     python -m experiments.warm_start                          # quickstart: digits, 63 s
     python -m experiments.warm_start --preset=paper           # ResNet-18 on CIFAR-10, 200 trials, for accelerators
     python -m experiments.warm_start --preset=paper --dry_run
-<<<<<<< HEAD
     python -m experiments.warm_start --preset=ash_adams       # w = 16, the protocol of Ash & Adams' table 1
-=======
-    python -m experiments.warm_start --preset=ash_adams       # ResNet-18 of w = 16, as in Ash & Adams' table 1
->>>>>>> experiments-work
 
 A network is trained on half of the train set for some epochs, then on all of it, and compared with one that started
 fresh with the same tuning budget. Expected (paper): the longer the warm start, the worse the test accuracy, although
