@@ -53,7 +53,7 @@ def arguments(point, of, convolution="plain"):
     stage |= dict.fromkeys(("learning_rate", "weight_decay", "accuracy"), real) | {"seed": jnp.uint32}
     trial = {
         "state": state,
-        "sample": {name: shape_of(array.shape, array.dtype) for name, array in vars(drawn).items()},
+        "sample": {name: shape_of(array.shape, array.dtype) for name, array in vars(drawn).items() if name != "sizes"},
         "stage": {name: shape_of((), dtype) for name, dtype in stage.items()},
         "target": shape_of(()),
     }
