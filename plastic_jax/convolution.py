@@ -243,7 +243,7 @@ def _sliced_kernel_gradient(
     pads: Sequence[_Pair],
     precision: Any,
 ) -> Array:
-    """The kernel's gradient [h, w, C, O], summed over slices of the batch."""
+    """The kernel's gradient [h, w, C, O], summed over slices of the batch, in float32 at least, and rounded once."""
 
     def one(images: Array, gradient: Array) -> Array:
         if _same(kernel_HWIO, strides, pads):
@@ -252,7 +252,14 @@ def _sliced_kernel_gradient(
 
     (images, more_images), (gradient, more_gradient) = _slices(images_BHWC), _slices(gradient_BHWO)
     rest = one(more_images, more_gradient)
-    return lax.scan(lambda total, slices: (total + one(*slices), None), rest, (images, gradient))[0]
+    total = lax.scan(lambda total, slices: (total + one(*slices), None), rest, (images, gradient))[0]
+    return total.astype(kernel_HWIO.dtype)
+
+
+def _product(rows: Array, columns: Array, precision: Any) -> Array:
+    """A matrix product that keeps the float32 sums of bfloat16 operands."""
+    sums = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.matmul(rows, columns, precision=precision, preferred_element_type=sums)
 
 
 def _any_kernel_gradient(
@@ -273,7 +280,7 @@ def _any_kernel_gradient(
 
     images = jnp.concatenate([seen(i, j) for i in range(taps[0]) for j in range(taps[1])], -1)
     flat = images.reshape(-1, images.shape[-1])
-    product = jnp.matmul(flat.T, gradient_BHWO.reshape(-1, outputs), precision=precision)
+    product = _product(flat.T, gradient_BHWO.reshape(-1, outputs), precision)
     return product.reshape(*taps, channels, outputs)
 
 
@@ -288,7 +295,7 @@ def _kernel_gradient(images_BHWC: Array, gradient_BHWO: Array, precision: Any) -
     images = jnp.concatenate([padded[:, i : i + height] for i in range(3)], -1).reshape(-1, 3 * channels)
     padded = jnp.pad(gradient_BHWO, ((0, 0), (0, 0), (1, 1), (0, 0)))
     gradient = jnp.concatenate([padded[:, :, 2 - j : 2 - j + width] for j in range(3)], -1).reshape(-1, 3 * outputs)
-    product = jnp.matmul(images.T, gradient, precision=precision)
+    product = _product(images.T, gradient, precision)
     return product.reshape(3, channels, 3, outputs).transpose(0, 2, 1, 3)
 
 

@@ -35,6 +35,16 @@ def test_neighbours_change_nothing_when_mapped(reference):
     tiny.same(reference[reference.seed == 1], alone)
 
 
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_the_place_in_an_unrolled_block_changes_nothing(model):
+    """Four trials are written out one beside another; alone, each stands in the first place."""
+    small = dict(model=model, width=2, depth=1, warm_start_epochs=(0,), tuning_epochs=2, equal_updates=False)
+    whole = tiny.trained(tiny.study(seeds=4, **small), "unroll", 4, convolution="products")
+    for seed in range(1, 4):
+        alone = tiny.trained(tiny.study(seeds=1, first_seed=seed, **small), "unroll", 4, convolution="products")
+        tiny.same(whole[whole.seed == seed], alone)
+
+
 def test_number_of_devices_changes_nothing(reference):
     tiny.same(reference, tiny.trained(tiny.study(), slots=8, devices=4))
 

@@ -109,6 +109,28 @@ def test_products_equal_plain_in_float64(kind, batch, size, channels, outputs):
         assert_close(jax.tree.leaves(both("products")), jax.tree.leaves(both("plain")), 1e-13)
 
 
+@pytest.mark.parametrize("kind", [(3, 1, 1), (3, 1, 2)])
+def test_kernel_gradients_of_products_are_rounded_to_bfloat16_once(kind):
+    """However many slices there are: the sums of 64 of them are float32."""
+    taps, pad, stride = kind
+    draw = np.random.default_rng(0)
+    images = jnp.asarray(draw.normal(1, 1, (512, 4, 4, 16)), jnp.bfloat16)
+    kernel = jnp.asarray(draw.normal(size=(taps, taps, 16, 3)), jnp.bfloat16)
+    gradient = jnp.asarray(draw.normal(1, 1, (512, 4 // stride, 4 // stride, 3)), jnp.bfloat16)
+
+    def pulled(images, kernel, gradient, name):
+        pads = ((pad, pad), (pad, pad))
+        one = lambda k: conv(name)(images, k, (stride, stride), pads, dimension_numbers=NHWC)  # noqa: E731
+        return jax.vjp(one, kernel)[1](gradient)[0]
+
+    found = pulled(images, kernel, gradient, "products")
+    assert found.dtype == jnp.bfloat16
+    with jax.enable_x64(True):
+        exact = np.asarray(pulled(*(jnp.asarray(a, jnp.float64) for a in (images, kernel, gradient)), "plain"))
+    # Half a unit in the last of bfloat16's eight places, and a little for the float32 sums.
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-5 * np.abs(exact).max())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_equals_plain_in_low_precision(kind, dtype, tolerance):
