@@ -5,14 +5,17 @@
     python -m experiments.throughput --torch_python=OTHER_ENVIRONMENT/bin/python    # PyTorch from elsewhere
 
 Images a second over all trials, for our core in each formulation, for the obvious JAX program, for one trial at a time
-in JAX, and for PyTorch's ways (extra `torch`; its rows are left out where it is missing). Written to --workdir (default
-runs/throughput): throughput.json, throughput.md, throughput.png. Expected: on a CPU the obvious program is far behind.
+in JAX, and for PyTorch's ways (extra `torch`; its rows are left out where it is missing), all of a table's rows in one
+dtype; on a GPU there is a table for float32 and one for bfloat16. --config.minutes bounds the whole, but for a program
+that is being compiled. Written to --workdir (default runs/throughput): throughput.json, throughput.md, throughput.png.
+Expected: on a CPU the obvious program is far behind.
 """
 
 import datetime
 import math
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ FIELDS: dict[str, Any] = {
 
 def run(config: dict[str, Any], workdir: str, python: str) -> None:
     """Measure and write."""
-    from plastic_jax import backend, benchmark, benchmark_report, torch_ways
+    from experiments import warm_start
+    from plastic_jax import backend, benchmark, benchmark_report, dry_run, torch_ways
     from plastic_jax import workdir as files
     from plastic_jax.growth import growth
     from plastic_jax.trial_axis import Candidate
@@ -39,9 +43,11 @@ def run(config: dict[str, Any], workdir: str, python: str) -> None:
         raise InputError(f"--config.trials={trials} is not allowed: whole numbers from 1 to 4096.")
     if not math.isfinite(minutes) or minutes <= 0:
         raise InputError(f"--config.minutes={minutes} is not allowed: a number above 0.")
+    end = time.monotonic() + 60 * minutes
     backend.prepare()
     import jax
 
+    jax.config.update("jax_enable_compilation_cache", False)  # or times to compile would be those of an earlier run
     points = benchmark.networks(config, jax.default_backend() == "gpu")
     for point in points:
         benchmark.check(point, trials)
@@ -52,20 +58,26 @@ def run(config: dict[str, Any], workdir: str, python: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be made ({error.strerror}): name another folder.") from None
-    results: list[dict[str, Any]] = []
-    grown = None
-    for point in points:
-        share = minutes / len(points)
-        results.append(benchmark.compare(point, tuple(trials), python if version else None, share, print))
-        results[-1]["pytorch"] = version
-        if grown is None:
-            axis = Candidate("map", "products" if point.model == "resnet" else "plain", 1)
-            grown = growth(point, axis, jax.local_devices())
-        files.write_json(
-            folder / "throughput.json", {"results": results, "growth": grown, "date": datetime.date.today().isoformat()}
-        )
-        benchmark_report.write(results, grown, folder)
-        print(benchmark_report.markdown(results[-1]), flush=True)
+    flops = dry_run.flops(warm_start.PAPER, warm_start.EXPERIMENT.fresh)
+    found: dict[str, Any] = {"results": [], "growth": None, "left_out": [], "figure_2_flops": flops}
+    found["date"] = datetime.date.today().isoformat()
+    for k, point in enumerate(points):
+        left, others = end - time.monotonic(), len(points) - k - 1
+        if k and left <= 0:
+            found["left_out"].append(benchmark.title(point))
+        else:
+            grow = 0.0 if k else 0.2 * left / (others + 1)
+            share = max(left - grow, 0.0) / (others + 1) / 60
+            result = benchmark.compare(point, tuple(trials), python if version else None, share, print)
+            result |= {"pytorch": version, "figure_2": benchmark_report.device_hours(result, flops)}
+            found["results"].append(result)
+            if not k:
+                axis = Candidate("map", "products" if point.model == "resnet" else "plain", 1)
+                left = max(end - time.monotonic(), 0.0)
+                found["growth"] = growth(point, axis, jax.local_devices(), left if not others else min(grow, left))
+            print(benchmark_report.markdown(result), flush=True)
+        files.write_json(folder / "throughput.json", found)
+        benchmark_report.write(found, folder)
     print("Written: " + ", ".join(str(folder / f"throughput.{kind}") for kind in ("json", "md", "png")))
 
 

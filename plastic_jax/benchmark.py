@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from plastic_jax import backend, calibration, core, costs, models, torch_ways, trial_axis
+from plastic_jax import train as train_module
 from plastic_jax.config import MODELS, Config, Sweep
-from plastic_jax.data import Dataset, DatasetSpec
+from plastic_jax.data import DatasetSpec
 from plastic_jax.dry_run import device_memory
 from plastic_jax.errors import InputError
 from plastic_jax.torch_worker import Work
@@ -34,70 +35,88 @@ OBVIOUS, ONE = "jax, the obvious program", "jax, one trial at a time"
 
 
 @dataclasses.dataclass
-class Row:
-    """One way to train `trials` trials.
+class Live:
+    """A row that has compiled and taken its first step.
 
     `train(n)` trains for n steps (our core: n epochs) and gives seconds and trial-steps.
     """
 
-    name: str
-    trials: int
-    start: Callable[[], Any]
-    ours: bool = False
-    note: str = ""
-    compile_seconds: float = 0.0
-    bytes: int = 0
-    n: int = 1
-    samples: list[float] = dataclasses.field(default_factory=list)  # seconds a trial-step
-    train: Any = None
+    train: Callable[[int], tuple[float, int]]
+    program_bytes: int | None = None  # JAX: what XLA plans for the program, all devices together
+    process_bytes: Callable[[], int] | None = None  # PyTorch: the most that its processes have held
+    ready: float | None = None  # seconds to compile and take the first step, where the row itself knows
     close: Callable[[], None] = lambda: None
 
-    def begin(self) -> None:
+
+@dataclasses.dataclass
+class Row:
+    """One way to train `trials` trials. `start(seconds)` may take so long."""
+
+    name: str
+    trials: int
+    start: Callable[[float], Live]
+    note: str = ""
+    compile_seconds: float = 0.0
+    n: int = 1
+    samples: list[float] = dataclasses.field(default_factory=list)  # seconds a trial-step
+    live: Live | None = None
+
+    def begin(self, seconds: float) -> None:
         """Compile, and find how many steps a sample takes."""
         before = time.perf_counter()
-        self.train, self.bytes, self.close = self.start()
-        self.train(1)
-        self.compile_seconds = time.perf_counter() - before
-        seconds, steps = self.train(1)
-        self.n = max(1, int(SECONDS / max(seconds, 1e-6)))
-        if seconds > SECONDS and steps <= self.trials:
+        self.live = self.start(seconds)
+        self.compile_seconds = self.live.ready or time.perf_counter() - before
+        took, steps = self.live.train(1)
+        self.n = max(1, int(SECONDS / max(took, 1e-6)))
+        if self.n > 1:
+            self.live.train(self.n)  # a scan compiles for each number of steps
+        elif steps <= self.trials:
             self.note = "slow: one step a sample"
 
     def sample(self) -> None:
         """Time some steps."""
-        seconds, steps = self.train(self.n)
+        assert self.live
+        seconds, steps = self.live.train(self.n)
         self.samples.append(seconds / steps)
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        if self.live:
+            self.live.close()
+        self.live = None
 
 
 def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: Sequence[Any]) -> Row:
     """Our core with that formulation; as many whole blocks a device as `trials` fill, at least one."""
     slots = max(1, trials // (choice.block * len(devices))) * choice.block * min(len(devices), max(1, trials))
 
-    def start() -> Any:
+    def start(_: float) -> Live:
+        train_module.programs.cache_clear()  # or it would not be compiled anew
         # A step an epoch where steps are slow: else a chunk would have 16 at least.
-        dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
-        short = calibration.synthetic(SPECS[point.model], point.batch_size)
+        batches = 1 if _slow(point, choice, devices) else BATCHES
+        dataset = calibration.synthetic(SPECS[point.model], point.batch_size * batches)
         form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)
-        slow = choice.convolution == "plain" and point.model == "resnet" and devices[0].platform == "cpu"
-        run = calibration.trainer(point, short if slow else dataset, form, devices)
+        run = calibration.trainer(point, dataset, form, devices)
+        calibration.train(run, 1)
+        return Live(lambda epochs: calibration.train(run, epochs), run.chunk_bytes() * form.devices(len(devices)))
 
-        def train(epochs: int) -> tuple[float, int]:
-            return calibration.train(run, epochs)
+    return Row(name, slots, start)
 
-        train(1)
-        return train, run.chunk_bytes(), lambda: None
 
-    return Row(name, slots, start, ours=True)
+def _slow(point: Config, choice: Candidate, devices: Sequence[Any]) -> bool:
+    """Whether it has convolutions in XLA's slow layout inside a CPU's loop."""
+    cpu = devices[0].platform == "cpu" and point.model == "resnet"
+    return cpu and (choice.convolution == "plain" or choice.trial_axis == "vmap")
 
 
 def obvious_row(point: Config, trials: int) -> Row:
     """A scan over steps of vmap over trials, of the network as Flax writes it and Optax's optimiser."""
 
-    def start() -> Any:
+    def start(_: float) -> Live:
         step, state, data = _plain_step(point)
         states = jax.vmap(state)(jnp.arange(trials))
 
-        def many(states: Any, keys: jax.Array) -> Any:
+        def many(states: Any, keys: jax.Array, data: Any) -> Any:
             return jax.lax.scan(lambda s, key: (jax.vmap(lambda one: step(one, key, data))(s), None), states, keys)[0]
 
         compiled = jax.jit(many, donate_argnums=0)
@@ -106,10 +125,12 @@ def obvious_row(point: Config, trials: int) -> Row:
             nonlocal states
             keys = jax.random.split(jax.random.key(steps), steps)
             begin = time.perf_counter()
-            states = jax.block_until_ready(compiled(states, keys))
+            states = jax.block_until_ready(compiled(states, keys, data))
             return time.perf_counter() - begin, steps * trials
 
-        return train, 0, lambda: None
+        train(1)
+        keys = jax.random.split(jax.random.key(1), 1)
+        return Live(train, trial_axis.planned_bytes(compiled.lower(states, keys, data)))
 
     return Row(OBVIOUS, trials, start)
 
@@ -117,7 +138,7 @@ def obvious_row(point: Config, trials: int) -> Row:
 def one_row(point: Config) -> Row:
     """A Python loop over a jitted step of one trial."""
 
-    def start() -> Any:
+    def start(_: float) -> Live:
         step, state, data = _plain_step(point)
         one = state(0)
         compiled = jax.jit(step, donate_argnums=0)
@@ -131,7 +152,8 @@ def one_row(point: Config) -> Row:
             jax.block_until_ready(one)
             return time.perf_counter() - begin, steps
 
-        return train, 0, lambda: None
+        train(1)
+        return Live(train, trial_axis.planned_bytes(compiled.lower(one, jax.random.key(0), data)))
 
     return Row(ONE, 1, start)
 
@@ -172,12 +194,25 @@ def _plain_step(point: Config) -> tuple[Any, Any, Any]:
 def torch_row(name: str, python: str, work: Work, processes: int) -> Row:
     """One of PyTorch's ways."""
 
-    def start() -> Any:
-        way = torch_ways.Way(python, work, processes)
-        way.train(1)
-        return way.train, way.peak_bytes(), way.close
+    def start(seconds: float) -> Live:
+        way = torch_ways.Way(python, work, processes, seconds)
+        return Live(way.train, process_bytes=way.peak_bytes, ready=way.ready, close=way.close)
 
     return Row(name, processes, start)
+
+
+def torch_work(point: Config, cpu: bool) -> Work:
+    """PyTorch's work for that network, in the same dtype."""
+    spec = SPECS[point.model]
+    same = ("model", "width", "depth", "norm", "batch_size", "optimizer")
+    sizes: Any = {name: getattr(point, name) for name in same}
+    device = "cpu" if cpu else "cuda"
+    return Work(**sizes, shape=spec.shape, classes=spec.classes, device=device, dtype=point.compute_dtype, tf32=tf32())
+
+
+def tf32() -> bool:
+    """Whether a GPU's float32 products may be TensorFloat-32: as JAX is set, and PyTorch after it."""
+    return jax.config.jax_default_matmul_precision not in ("highest", "float32", "F32_F32_F32")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def yardsticks(devices: Sequence[Any], dtype: str) -> dict[str, Callable[[], float]]:
@@ -207,8 +242,9 @@ def yardsticks(devices: Sequence[Any], dtype: str) -> dict[str, Callable[[], flo
     }
 
 
-def flops_check(point: Config, dataset: Dataset) -> float:
-    """FLOPs of one compiled training step as XLA counts them, over the closed form's."""
+def flops_check(point: Config) -> float | None:
+    """FLOPs of one compiled training step as XLA counts them, over the closed form's; None where it counts none."""
+    dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
     one = core.Core(point, SPECS[point.model].shape, SPECS[point.model].classes, "plain")
     n = len(dataset.train_labels)
     stage = {"learning_rate": 1e-3, "weight_decay": 0.0, "steps": 10}
@@ -223,6 +259,8 @@ def flops_check(point: Config, dataset: Dataset) -> float:
     trial = jax.tree.map(jnp.asarray, {"stage": stage, "sample": sample})
     lowered = jax.jit(step).lower(state, local, trial, core.resident(dataset))
     found: Any = lowered.compile().cost_analysis()
+    if not found or "flops" not in found:
+        return None
     return found["flops"] / costs.costs(point, SPECS[point.model]).step_flops
 
 
@@ -262,8 +300,16 @@ def check(point: Config, trials: Sequence[int]) -> None:
 
 
 def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
-    """The points to measure: the benchmark's own networks, with the fields that are given (not empty) instead."""
+    """The points to measure: the benchmark's own networks, with the fields that are given (not empty) instead.
+
+    On a GPU each in float32 and in bfloat16, on a CPU in float32, unless `compute_dtype` is given.
+
+    Raises:
+      InputError: a value that is not allowed.
+    """
     values = {name: value for name, value in given.items() if value not in ((), "", 0)}
+    if gpu:
+        values.setdefault("compute_dtype", ("float32", "bfloat16"))
     models = Sweep.of({"model": values.pop("model", MODELS)}).values["model"]
     mlp = dict(model="mlp", depth=2, norm="none", batch_size=128)
     resnet = dict(model="resnet", batch_size=128)
@@ -271,6 +317,8 @@ def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
     own += [dict(resnet, width=width) for width in ((16, 32, 64) if gpu else (16,))]
     chosen = [network for network in own if network["model"] in models]
     found = [point for network in chosen for point in Sweep.of({**network, **values}).points()]
+    if any(point.compute_dtype == "float64" for point in found):
+        raise InputError("--config.compute_dtype=float64 is not allowed here: float32, bfloat16.")
     return list(dict.fromkeys(found))
 
 
@@ -281,12 +329,8 @@ def rows_of(
     cpu = devices[0].platform == "cpu"
     several = max(t for t in trials if t <= 16) if min(trials) <= 16 else min(trials)
     rows = [core_row(f"ours, as chosen ({chosen})", point, chosen, several, devices)]
-    if python:
-        spec = SPECS[point.model]
-        same = ("model", "width", "depth", "norm", "batch_size", "optimizer")
-        sizes: Any = {name: getattr(point, name) for name in same}
-        work = Work(**sizes, shape=spec.shape, classes=spec.classes, device="cpu" if cpu else "cuda")
-        rows += [torch_row(name, python, *way) for name, way in torch_ways.ways(work, len(devices)).items()]
+    ways = torch_ways.ways(torch_work(point, cpu), len(devices)) if python else {}
+    rows += [torch_row(name, str(python), *way) for name, way in ways.items()]
     # Compiling PyTorch's takes long: what every ratio needs comes first.
     rows = [r for r in rows if "compiled" not in r.name] + [one_row(point)] + [r for r in rows if "compiled" in r.name]
     axes = [("map", 1), ("vmap", 8), ("unroll", 4)]
@@ -294,12 +338,14 @@ def rows_of(
     others = [Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions]
     for other in others:
         if other != chosen:
-            slow = cpu and point.model == "resnet" and (other.convolution == "plain" or other.trial_axis == "vmap")
-            few = other.block * len(devices) if slow else several
+            few = other.block * len(devices) if _slow(point, other, devices) else several
             rows.append(core_row(f"ours, {other}", point, other, few, devices))
     # On a CPU its convolutions take minutes a step.
     rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
+    single = Candidate("map", chosen.convolution, 1)
+    if len(devices) > 1:
+        rows.append(core_row(f"ours, {single}, one trial a device", point, single, len(devices), devices))
     rows += [core_row(f"ours, as chosen, up to {t} trials", point, chosen, t, devices) for t in trials if t != several]
     return rows
 
@@ -307,47 +353,81 @@ def rows_of(
 def compare(
     point: Config, trials: Sequence[int], python: str | None, minutes: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure all rows for one network within so many minutes; what does not fit is left out and named."""
+    """Measure all rows for one network within so many minutes; what does not fit is left out and named.
+
+    A program that compiles and a step that runs are not interrupted, only PyTorch's processes are.
+    """
     devices, end = jax.local_devices(), time.monotonic() + 60 * minutes
-    label = f"{point.model} width {point.width}, batch {point.batch_size}"
+    checked = flops_check(point)
     rows: list[Row] = []
-    left_out: list[str] = []
+    left_out = [] if python else ["PyTorch's rows (there is no PyTorch)"]
     found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend())
     measured = calibration.measure_all(point, SPECS[point.model], found) if len(found) > 1 else {}
     chosen = calibration.best(found, measured)
-    for row in rows_of(point, chosen, trials, python, devices):
-        if time.monotonic() > end - 18 * minutes:  # the rest of the time is for the samples
-            left_out.append(f"{row.name} (no time)")
-            continue
+
+    def ran(row: Row, action: Callable[[], None]) -> bool:
         try:
-            row.begin()
-        except (RuntimeError, ValueError) as error:
-            left_out.append(f"{row.name} ({str(error).splitlines()[0][:120]})")
-            continue
-        say(f"{label}: {row.name}: ready after {row.compile_seconds:.1f} s")
-        rows.append(row)
-    sticks = yardsticks(devices, point.compute_dtype)
-    rates: dict[str, list[float]] = {name: [] for name in sticks}
-    for number in range(ROUNDS):
-        if number > 1 and time.monotonic() > end:
-            break
+            action()
+        except (RuntimeError, ValueError, OSError) as error:
+            row.close()
+            left_out.append(f"{row.name} ({(str(error).splitlines() or [type(error).__name__])[0][:120]})")
+            return False
+        return True
+
+    try:
+        for row in rows_of(point, chosen, trials, python, devices):
+            left = end - 18 * minutes - time.monotonic()  # the rest of the time is for the samples
+            if left < 0 and rows:
+                left_out.append(f"{row.name} (no time)")
+            elif ran(row, lambda row=row, left=left: row.begin(max(left, 1.0))):
+                say(f"{title(point)}: {row.name}: ready after {row.compile_seconds:.1f} s")
+                rows.append(row)
+        sticks = yardsticks(devices, point.compute_dtype)
+        rates: dict[str, list[float]] = {name: [] for name in sticks}
+        for number in range(ROUNDS):
+            if number > 1 and time.monotonic() > end:
+                break
+            rows = [row for row in rows if (number > 1 and time.monotonic() > end) or ran(row, row.sample)]
+            for name, stick in sticks.items():
+                rates[name].append(stick())
+        seen = {name: statistics.median(values) for name, values in rates.items()}
+        table = table_of(point, rows, seen)
+    finally:
         for row in rows:
-            if number < 2 or time.monotonic() < end:
-                row.sample()
-        for name, stick in sticks.items():
-            rates[name].append(stick())
-    for row in rows:
-        row.close()
-    evaluation = evaluation_share(point, chosen, devices) if time.monotonic() < end else None
-    dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
-    cost, seen = (
-        costs.costs(point, SPECS[point.model]),
-        {name: statistics.median(values) for name, values in rates.items()},
-    )
+            row.close()
+    cost = costs.costs(point, SPECS[point.model])
+    return {
+        **{name: getattr(point, name) for name in ("model", "width", "depth", "batch_size", "compute_dtype")},
+        "title": title(point),
+        "step_flops": cost.step_flops,
+        "padded_step_flops": cost.padded_step_flops,
+        "traffic_bytes": cost.traffic_bytes,
+        "compiled_flops_over_closed_form": checked,
+        "evaluation_over_forward_share": evaluation_share(point, chosen, devices) if time.monotonic() < end else None,
+        "calibration": measured,
+        "rates": seen,
+        "rows": table,
+        "left_out": left_out,
+        "device": backend.device(),
+        "backend": jax.default_backend(),
+        "tf32": tf32(),
+        "pytorch_settings": torch_ways.settings(torch_work(point, devices[0].platform == "cpu")),
+    }
+
+
+def title(point: Config) -> str:
+    """A network in words."""
+    return f"{point.model}, width {point.width}, batch {point.batch_size}, {point.compute_dtype}"
+
+
+def table_of(point: Config, rows: Sequence[Row], rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Each row's figures. All rows compute in the point's dtype, so that ratios compare like with like."""
+    cost = costs.costs(point, SPECS[point.model])
     times = {row.name: statistics.median(row.samples) for row in rows}
     torch = [t for name, t in times.items() if name.startswith("pytorch")]
     table = []
     for row in rows:
+        assert row.live
         seconds = times[row.name]
         table.append(
             {
@@ -360,26 +440,12 @@ def compare(
                 "over_one_at_a_time": times[ONE] / seconds if ONE in times else None,
                 "over_best_pytorch": min(torch) / seconds if torch else None,
                 "over_obvious": times[OBVIOUS] / seconds if OBVIOUS in times else None,
-                "of_matmul_rate": cost.padded_step_flops / seconds / seen["matmul_flops"],
-                "of_memory_rate": cost.traffic_bytes / seconds / seen["copy_bytes"],
+                "of_matmul_rate": cost.padded_step_flops / seconds / rates["matmul_flops"],
+                "of_memory_rate": cost.traffic_bytes / seconds / rates["copy_bytes"],
                 "compile_seconds": row.compile_seconds,
-                "peak_bytes": row.bytes,
+                "program_bytes": row.live.program_bytes,
+                "process_bytes": row.live.process_bytes and row.live.process_bytes(),
                 "note": row.note,
             }
         )
-    return {
-        "model": point.model,
-        "width": point.width,
-        "depth": point.depth,
-        "batch_size": point.batch_size,
-        "step_flops": cost.step_flops,
-        "padded_step_flops": cost.padded_step_flops,
-        "traffic_bytes": cost.traffic_bytes,
-        "compiled_flops_over_closed_form": flops_check(point, dataset),
-        "evaluation_over_forward_share": evaluation,
-        "calibration": measured,
-        "rates": seen,
-        "rows": table,
-        "left_out": left_out,
-        "device": backend.device(),
-    }
+    return table

@@ -3,11 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-HEADS = ("row", "trials", "images/s", "x one at a time", "x best PyTorch", "x obvious", "of matmul", "of memory")
+HEADS = (
+    *("row", "trials", "images/s", "x one at a time", "x best PyTorch", "x obvious", "of matmul", "of memory"),
+    *("compile and first step", "JAX: planned by XLA", "PyTorch: peak"),
+)
+MEMORY = (
+    "Memory: for JAX's rows what XLA plans for the program (data, states, results, temporaries; all devices together), "
+    "which shares its process with the other rows; for PyTorch's {peak}. The two are no measure of each other."
+)
+PEAKS = {"cpu": "the peak of its processes, the interpreter and libraries included", "gpu": "the peak of its allocator"}
 
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.0f} MiB"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -22,34 +34,93 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _ratio(row["over_obvious"]),
         f"{100 * row['of_matmul_rate']:.0f} %",
         f"{100 * row['of_memory_rate']:.0f} %",
-        f"{row['compile_seconds']:.0f} s",
-        f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["peak_bytes"] else "-",
+        f"{row['compile_seconds']:.1f} s",
+        _mib(row["program_bytes"]),
+        _mib(row["process_bytes"]),
     ]
 
 
 def markdown(found: dict[str, Any]) -> str:
     """One network's rows as a table, fastest first, and the yardsticks."""
-    heads = [*HEADS, "ready after", "memory"]
     rows = sorted(found["rows"], key=lambda row: -row["images_per_second"])
-    lines = [heads, ["---"] * len(heads), *(_cells(row) for row in rows)]
-    rates = found["rates"]
-    after = (
-        f"\n{found['device']}. Matmul rate {rates['matmul_flops'] / 1e9:,.0f} GFLOP/s, copy rate "
-        f"{rates['copy_bytes'] / 1e9:,.1f} GB/s; a step has {found['step_flops'] / 1e9:.3g} GFLOP "
-        f"({found['padded_step_flops'] / 1e9:.3g} with padding, which utilisation is counted by), XLA counts "
-        f"{found['compiled_flops_over_closed_form']:.3f} of the closed form's."
-    )
+    lines = [HEADS, ["---"] * len(HEADS), *(_cells(row) for row in rows)]
+    rates, dtype, gpu = found["rates"], found["compute_dtype"], found["backend"] == "gpu"
+    said = [
+        f"{found['device']}; all rows compute in {dtype}"
+        + (f", TF32 {'on' if found['tf32'] else 'off'} on both sides." if gpu and dtype == "float32" else "."),
+        f"Matmul rate {rates['matmul_flops'] / 1e9:,.0f} GFLOP/s ({dtype}), copy rate "
+        f"{rates['copy_bytes'] / 1e9:,.1f} GB/s.",
+        f"A step has {found['step_flops'] / 1e9:.3g} GFLOP, without the taps outside the image; {_check(found)}",
+        "Utilisation counts all taps, as is usual: "
+        f"{found['padded_step_flops'] / found['batch_size'] / 1e9:.3g} GFLOP an image.",
+        "Compiled anew, without a cache on disk; images/s: median [slowest, fastest sample].",
+        MEMORY.format(peak=PEAKS.get(found["backend"], PEAKS["gpu"])),
+    ]
+    if any("pytorch" in row["row"] for row in rows):
+        said.append(f"PyTorch {found.get('pytorch')}: {found['pytorch_settings']}.")
     if found["evaluation_over_forward_share"] is not None:
         share = found["evaluation_over_forward_share"]
-        after += f" An evaluation takes {share:.2f} times its forward FLOPs' share of a step."
-    left = f" Left out: {'; '.join(found['left_out'])}." if found["left_out"] else ""
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n" + after + left + "\n"
+        said.append(f"An evaluation takes {share:.2f} times its forward FLOPs' share of a step.")
+    if found["left_out"]:
+        said.append(f"Left out: {'; '.join(found['left_out'])}.")
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + " ".join(said) + "\n"
+
+
+def _check(found: dict[str, Any]) -> str:
+    ratio = found["compiled_flops_over_closed_form"]
+    if ratio is None:
+        return "the compiler does not count its own."
+    return f"XLA counts {ratio:.3f} of that ({'within' if abs(ratio - 1) <= 0.02 else 'NOT within'} 2 %)."
+
+
+def device_hours(found: dict[str, Any], flops: float) -> list[dict[str, Any]]:
+    """Hours for so many `flops` at the rate of this network's steps: our fastest row's, and PyTorch's."""
+    hours = []
+    for way, sort in (("with our core", "ours"), ("with PyTorch", "pytorch")):
+        rows = [row for row in found["rows"] if row["row"].startswith(sort)]
+        if rows:
+            best = min(rows, key=lambda row: row["ms_per_trial_step"])
+            rate = found["step_flops"] / (best["ms_per_trial_step"] / 1e3)
+            hours.append({"way": way, "row": best["row"], "flops_per_second": rate, "hours": flops / rate / 3600})
+    return hours
+
+
+def headline(results: list[dict[str, Any]], flops: float) -> str:
+    """What the paper's figure 2 would take, extrapolated from each ResNet that was measured."""
+    lines = []
+    for found in results:
+        ways = device_hours(found, flops) if found["model"] == "resnet" else []
+        costs = "; ".join(
+            f"{way['hours']:,.0f} h {way['way']} ({way['row']}, {way['flops_per_second'] / 1e9:,.0f} GFLOP/s)"
+            for way in ways
+        )
+        if costs:
+            lines.append(f"- from {found['title']}, on {found['device']}: {costs}")
+    if not lines:
+        return ""
+    return (
+        f"### The paper's figure 2, extrapolated\n\nIts {flops / 1e18:.3g} EFLOP (the dry run of "
+        "`experiments.warm_start --preset=paper`: w = 64, float32, evaluations included) over the rate at which "
+        "another network's training steps were measured; hours of all devices named, together. Only width 64 in "
+        "float32 on the device of interest is the paper's own setting; the others are scaled by FLOPs alone.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def growth_text(growth: dict[str, Any]) -> str:
+    """The growth curves' slopes in words."""
+    slopes = {name.replace("_", " "): e for name, e in growth["exponents"].items() if e is not None}
+    said = ", ".join(f"{name} {e:.2f}" for name, e in slopes.items())
+    left = f" Left out (no time): {'; '.join(growth['left_out'])}." if growth["left_out"] else ""
+    return f"### Growth of {growth['title']}\n\nSlopes of log against log, 1 being linear: {said or '-'}.{left}\n"
 
 
 def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
     """Bars of images/s of each row for each network, and the growth curves below."""
     from matplotlib.figure import Figure
 
+    results = [found for found in results if found["rows"]]
     count = len(results)
     panels = list(growth["curves"]) if growth else []
     grid_rows = count + (2 if panels else 0)
@@ -68,7 +139,7 @@ def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
         colours = ["C0" if row["row"].startswith("ours") else "C1" if "pytorch" in row["row"] else "C7" for row in rows]
         axis.barh(names, values, color=colours, xerr=[low, high], error_kw={"lw": 1})
         axis.set_xscale("log")
-        axis.set_title(f"{found['model']}, width {found['width']}, batch {found['batch_size']}", loc="left")
+        axis.set_title(found["title"], loc="left")
         axis.set_xlabel("images/s over all trials [number of trials]; bars: smallest and largest sample")
     for k, name in enumerate(panels):
         axis = drawn.add_subplot(grid[count + k // 3, k % 3])
@@ -82,10 +153,19 @@ def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
     return drawn
 
 
-def write(results: list[dict[str, Any]], growth: dict[str, Any] | None, folder: Path) -> list[Path]:
-    """Write throughput.md and throughput.png; throughput.json is the caller's."""
-    text = "\n".join(f"### {r['model']}, width {r['width']}, batch {r['batch_size']}\n\n{markdown(r)}" for r in results)
-    (folder / "throughput.md").write_text(text)
-    drawn = figure(results, growth)
-    drawn.savefig(folder / "throughput.png", dpi=130)
-    return [folder / "throughput.md", folder / "throughput.png"]
+def write(found: dict[str, Any], folder: Path) -> None:
+    """Write throughput.md and throughput.png; throughput.json, which holds `found`, is the caller's.
+
+    Args:
+      found: `results` of `benchmark.compare`, `growth`, `left_out` (networks for which no time was left) and
+        `figure_2_flops`.
+      folder: where to.
+    """
+    results, growth, left_out = found["results"], found["growth"], found["left_out"]
+    parts = [f"### {one['title']}\n\n{markdown(one)}" for one in results]
+    parts += [growth_text(growth)] if growth else []
+    parts += [f"No time was left for: {'; '.join(left_out)}.\n"] if left_out else []
+    parts.append(headline(results, found["figure_2_flops"]))
+    (folder / "throughput.md").write_text("\n".join(part for part in parts if part))
+    if any(one["rows"] for one in results):
+        figure(results, growth).savefig(folder / "throughput.png", dpi=130)

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from plastic_jax import calibration, costs, sampler
-from plastic_jax.config import STATIC, Config
+from plastic_jax import calibration, costs, data, plan, sampler, trial
+from plastic_jax.config import STATIC, Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.plan import ProgramPlan
@@ -71,6 +71,14 @@ def describe(
         "programs": described,
         "arm_list": [{"arm": arm.arm, **arm.values, "fresh": arm.fresh} for arm in study.arms],
     }
+
+
+def flops(config: Mapping[str, Any], fresh: Mapping[str, Any]) -> float:
+    """FLOPs of a whole study, from its config and what makes an arm fresh; no data and no device."""
+    sweep = Sweep.of(config)
+    specs = {name: data.spec(name, None) for name in sweep.values["dataset"]}
+    study = trial.study(sweep, specs, fresh)
+    return describe(study, plan.programs(study), specs, 80.0, imagined=True)["flops"]
 
 
 def _program(

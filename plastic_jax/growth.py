@@ -1,15 +1,16 @@
 """How a chunk's time, memory and compilation grow with trials, steps, data, devices and depth."""
 
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from plastic_jax import calibration
-from plastic_jax.benchmark import SPECS
+from plastic_jax import calibration, train
+from plastic_jax.benchmark import SPECS, title
 from plastic_jax.config import Config
 from plastic_jax.trial_axis import Candidate, Formulation
 
@@ -17,13 +18,14 @@ BLOCKS, EPOCHS, BATCHES, DEPTHS = (1, 2, 8), (2, 8, 32), (16, 64, 256), (1, 2, 4
 REPEATS = 3
 
 
-def growth(point: Config, choice: Candidate, devices: Sequence[Any]) -> dict[str, Any]:
+def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: float = math.inf) -> dict[str, Any]:
     """Curves of [x, y] pairs; `exponents` are the slopes of log y against log x: 1 is linear.
 
     seconds_of_trials, seconds_of_steps, seconds_of_examples: a chunk's time; milliseconds_of_devices: of a trial-step;
-    bytes_of_trials: what a device needs; compile_of_depth: seconds to trace and compile.
+    bytes_of_trials: what a device needs; compile_of_depth: seconds to trace and compile. Points for which `seconds`
+    do not suffice are named in `left_out`.
     """
-    block = choice.block
+    block, end = choice.block, time.monotonic() + seconds
     whole = block * len(devices)
 
     def run(slots: int, batches: int, over: Sequence[Any] = devices, of: Config = point) -> Any:
@@ -31,33 +33,48 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any]) -> dict[str
         form = Formulation(choice.trial_axis, choice.convolution, slots, block)
         return calibration.trainer(of, dataset, form, over)
 
-    def seconds(live: Any, epochs: int) -> float:
+    def median(live: Any, epochs: int) -> float:
         calibration.train(live, epochs)  # compiles, and comes to a multiple of the epochs
         return statistics.median(calibration.train(live, epochs)[0] for _ in range(REPEATS))
 
+    def trial_step(n: int) -> float:
+        return 1e3 * median(run(whole, BATCHES[0], devices[:n]), 2) / (2 * BATCHES[0] * whole)
+
+    def compiling(depth: int) -> float:
+        train.programs.cache_clear()  # one of these depths has been compiled above
+        live = run(whole, BATCHES[0], of=dataclasses.replace(point, depth=depth))
+        begin = time.perf_counter()
+        live.lower_chunk().compile()
+        return time.perf_counter() - begin
+
     curves: dict[str, list[tuple[float, float]]] = {}
-    counts = [whole * blocks for blocks in BLOCKS]
-    of_trials = [run(t, BATCHES[0]) for t in counts]
-    curves["seconds_of_trials"] = [(t, seconds(live, 2)) for t, live in zip(counts, of_trials, strict=True)]
-    curves["bytes_of_trials"] = [(t, live.chunk_bytes()) for t, live in zip(counts, of_trials, strict=True)]
-    live = of_trials[0]
-    curves["seconds_of_steps"] = [(e * BATCHES[0], seconds(live, e)) for e in EPOCHS]
-    curves["seconds_of_examples"] = [(b * point.batch_size, seconds(run(whole, b), 1)) for b in BATCHES]
-    numbers = sorted({1, len(devices)})
-    curves["milliseconds_of_devices"] = [
-        (n, 1e3 * seconds(run(whole, BATCHES[0], devices[:n]), 2) / (2 * BATCHES[0] * whole)) for n in numbers
-    ]
-    curves["compile_of_depth"] = [
-        (d, _compile_seconds(run(whole, BATCHES[0], of=dataclasses.replace(point, depth=d)))) for d in DEPTHS
-    ]
+    left_out: list[str] = []
+
+    def measure(name: str, xs: Sequence[int], of: Callable[[int], float], scale: int = 1) -> None:
+        curves[name], took = [], 0.0
+        for k, x in enumerate(xs):
+            begin = time.monotonic()
+            if begin + took * (x / xs[k - 1] if k else 0.0) > end:
+                left_out.append(f"{name} from {x * scale} on")
+                break
+            curves[name].append((x * scale, of(x)))
+            took = time.monotonic() - begin
+
+    of_trials: dict[int, Any] = {}
+
+    def trials(count: int) -> float:
+        of_trials[count] = run(count, BATCHES[0])
+        return median(of_trials[count], 2)
+
+    measure("seconds_of_trials", [whole * blocks for blocks in BLOCKS], trials)
+    measure("bytes_of_trials", list(of_trials), lambda count: of_trials[count].chunk_bytes())
+    measure("seconds_of_steps", EPOCHS, lambda e: median(of_trials[whole * BLOCKS[0]], e), BATCHES[0])
+    measure("seconds_of_examples", BATCHES, lambda b: median(run(whole, b), 1), point.batch_size)
+    measure("milliseconds_of_devices", sorted({1, len(devices)}), trial_step)
+    measure("compile_of_depth", DEPTHS, compiling)
+    curves = {name: points for name, points in curves.items() if points}
     exponents = {}
     for name, points in curves.items():
         x, y = np.log(np.array(points, float)).T
         exponents[name] = float(np.polyfit(x, y, 1)[0]) if len(points) > 1 else None
-    return {"curves": curves, "exponents": exponents, "model": point.model, "width": point.width}
-
-
-def _compile_seconds(live: Any) -> float:
-    begin = time.perf_counter()
-    live.lower_chunk().compile()
-    return time.perf_counter() - begin
+    return {"curves": curves, "exponents": exponents, "left_out": left_out, "title": title(point)}

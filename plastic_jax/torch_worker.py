@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What to train, and how: `shape` [H, W, C] of an image, `threads` of a CPU."""
+    """What to train, and how: `shape` [H, W, C] of an image, `threads` of a CPU, `tf32` for a GPU's float32."""
 
     model: str
     width: int
@@ -33,7 +33,13 @@ class Work:
     threads: int = 1
     device: str = "cpu"
     dtype: str = "float32"
+    tf32: bool = True
     examples: int = 2048
+
+    @property
+    def mode(self) -> str:
+        """torch.compile's."""
+        return "max-autotune" if self.device == "cuda" else "default"
 
 
 def network(work: Work) -> Any:
@@ -96,6 +102,10 @@ def trainer(work: Work) -> Callable[[int], float]:
 
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
+    if work.device == "cuda":
+        torch.set_float32_matmul_precision("high" if work.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = work.tf32
+        torch.backends.cudnn.benchmark = True
     height, width, channels = work.shape
     images = torch.randint(0, 256, (work.examples, channels, height, width), dtype=torch.uint8, device=work.device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -111,7 +121,7 @@ def trainer(work: Work) -> Callable[[int], float]:
         return torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
 
     if work.compiled:
-        loss_of = torch.compile(loss_of, mode="max-autotune" if work.device == "cuda" else "default")
+        loss_of = torch.compile(loss_of, mode=work.mode)
 
     def train(steps: int) -> float:
         loss = torch.zeros(())

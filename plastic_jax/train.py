@@ -61,7 +61,7 @@ class Compiled:
 
 
 @lru_cache(maxsize=16)
-def _compiled(
+def programs(
     static: Config,
     shape: tuple[int, int, int],
     classes: int,
@@ -71,7 +71,7 @@ def _compiled(
     mixes: bool,
     over: Mesh,
 ) -> Compiled:
-    """Made once in a process for equal static values."""
+    """Made, and so compiled, once in a process for equal static values; `programs.cache_clear()` forgets them."""
     one = core.Core(static, shape, classes, convolution, mixes)
     return Compiled(
         one,
@@ -100,7 +100,7 @@ class ProgramRun:
         self.nodes = program.nodes
         self.mesh = trial_axis.mesh(devices[: formulation.devices(len(devices))])
         static = Config(**{name: getattr(program.point, name) for name in STATIC})
-        self._compiled = _compiled(
+        self._compiled = programs(
             static,
             dataset.spec.shape,
             dataset.spec.classes,
@@ -422,10 +422,8 @@ class ProgramRun:
         return self._compiled.chunk.lower({"state": self._state}, rest, self._data)
 
     def chunk_bytes(self) -> int:
-        """What a chunk needs on one device, as XLA has laid it out: arguments, results and temporaries."""
-        found: Any = self.lower_chunk().compile().memory_analysis()
-        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return kept + found.temp_size_in_bytes
+        """What a chunk needs on one device."""
+        return trial_axis.planned_bytes(self.lower_chunk())
 
     # What a checkpoint holds
 

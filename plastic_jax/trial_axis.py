@@ -158,6 +158,13 @@ def over_trials(
     return Batched(jax.jit(call, donate_argnums=tuple(n + 1 for n in donate)), over, block)
 
 
+def planned_bytes(lowered: Any) -> int:
+    """What a lowered program needs on one device, as XLA has laid it out: arguments, results and temporaries."""
+    found = lowered.compile().memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes
+
+
 def mesh(devices: Sequence[Any]) -> Mesh:
     """A one-dimensional mesh whose axis is the trial axis."""
     return jax.make_mesh((len(devices),), ("trials",), devices=devices)

@@ -35,7 +35,7 @@ def test_neighbours_change_nothing_when_mapped(reference):
     tiny.same(reference[reference.seed == 1], alone)
 
 
-@pytest.mark.parametrize("model", ["mlp", "resnet"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_the_place_in_an_unrolled_block_changes_nothing(model):
     """Four trials are written out one beside another; alone, each stands in the first place."""
     small = dict(model=model, width=2, depth=1, warm_start_epochs=(0,), tuning_epochs=2, equal_updates=False)

@@ -6,11 +6,14 @@ import json
 import math
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import pytest
 
-from plastic_jax import backend, benchmark, benchmark_report, calibration, costs, growth, torch_ways
+from experiments import warm_start
+from plastic_jax import backend, benchmark, benchmark_report, calibration, costs, dry_run, growth, torch_ways
 from plastic_jax.config import Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
@@ -96,14 +99,19 @@ def test_the_benchmark_trains_what_it_times():
     assert run.chunk_bytes() > 4 * costs.costs(SMALL, dataset.spec).state_bytes / 2
 
 
-def test_rows_report_rates_and_ratios(monkeypatch, tmp_path):
+@pytest.fixture
+def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
     monkeypatch.setattr(benchmark, "SECONDS", 0.01)
     monkeypatch.setattr(benchmark, "yardsticks", lambda *_: {"matmul_flops": lambda: 1e11, "copy_bytes": lambda: 1e10})
-    found = benchmark.compare(SMALL, (1, 4), None, 3.0, lambda _: None)
+
+
+def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "measure_all", lambda *_: {"map/plain": 1.0})
+    found = benchmark.compare(SMALL, (4,), None, 3.0, lambda _: None)
     rows = {row["row"]: row for row in found["rows"]}
-    assert found["left_out"] == []
-    assert {benchmark.ONE, benchmark.OBVIOUS} < set(rows)
+    assert found["left_out"] == ["PyTorch's rows (there is no PyTorch)"]
+    assert {benchmark.ONE, benchmark.OBVIOUS, "ours, map/plain, one trial a device"} < set(rows)
     for row in rows.values():
         assert row["spread_ms"][0] <= row["ms_per_trial_step"] <= row["spread_ms"][1]
         assert row["images_per_second"] == pytest.approx(8e3 / row["ms_per_trial_step"])
@@ -111,30 +119,113 @@ def test_rows_report_rates_and_ratios(monkeypatch, tmp_path):
             found["padded_step_flops"] / (row["ms_per_trial_step"] / 1e3) / 1e11
         )
         assert row["over_best_pytorch"] is None
+        assert row["program_bytes"] > 1e5 and row["process_bytes"] is None  # the data alone are more
+    assert rows["ours, map/plain, one trial a device"]["trials"] == jax.local_device_count()
     assert rows[benchmark.ONE]["over_one_at_a_time"] == 1
     assert found["compiled_flops_over_closed_form"] == pytest.approx(1, abs=0.02)
     text = benchmark_report.markdown(found)
     assert all(name in text for name in rows)
+    assert "(within 2 %)" in text and "all rows compute in float32" in text
     curves = {"seconds_of_trials": [(2, 1.0), (4, 2.0)]}
-    grown = {"curves": curves, "exponents": {"seconds_of_trials": 1.0}}
-    for path in benchmark_report.write([found], grown, tmp_path):
-        assert path.stat().st_size > 100
+    grown = {"curves": curves, "exponents": {"seconds_of_trials": 1.0}, "left_out": ["x from 8 on"], "title": "net"}
+    whole = {"results": [found], "growth": grown, "left_out": ["another net"], "figure_2_flops": 1e18}
+    benchmark_report.write(whole, tmp_path)
+    said = (tmp_path / "throughput.md").read_text()
+    assert f"### {found['title']}\n" in said and "float32" in found["title"]
+    assert "seconds of trials 1.00" in said and "x from 8 on" in said and "another net" in said
+    assert (tmp_path / "throughput.png").stat().st_size > 100
 
 
-def test_growth_measures_every_curve(monkeypatch):
-    for name, values in (
-        ("BLOCKS", (1, 2)),
-        ("EPOCHS", (1, 2)),
-        ("BATCHES", (2, 4)),
-        ("DEPTHS", (1, 2)),
-        ("REPEATS", 1),
-    ):
-        monkeypatch.setattr(growth, name, values)
+def test_every_row_compiles_anew(quick):
+    """The choice has been compiled while it was measured; the row's time to compile must not be that of a look-up."""
+    heard = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **more: heard.append((event.rpartition("/")[2], more.get("fun_name")))
+    )
+    row = benchmark.core_row("ours", SMALL, Candidate("map", "plain", 1), 2, jax.local_devices()[:2])
+    for _ in range(2):
+        heard.clear()
+        row.begin(60.0)
+        assert heard.count(("backend_compile_duration", "jit(chunk)")) == 1
+        row.close()
+
+
+def test_a_table_compares_one_dtype():
+    assert {p.compute_dtype for p in benchmark.networks({}, gpu=False)} == {"float32"}
+    both = benchmark.networks({"model": "resnet"}, gpu=True)
+    assert len(both) == 2 * 4 and len({benchmark.title(p) for p in both}) == 8
+    for point in both:
+        ways = torch_ways.ways(benchmark.torch_work(point, cpu=False), 1)
+        assert {made.dtype for made, _ in ways.values()} == {point.compute_dtype}
+    (given,) = benchmark.networks({"model": "resnet", "width": 8, "batch_size": 8, "compute_dtype": "bfloat16"}, False)
+    assert benchmark.torch_work(given, cpu=True).dtype == "bfloat16"
+    with pytest.raises(InputError, match="float64"):
+        benchmark.networks({"compute_dtype": "float64"}, gpu=False)
+
+
+@pytest.mark.parametrize(("setting", "on"), [(None, True), ("tensorfloat32", True), ("highest", False)])
+def test_tf32_is_set_alike_on_both_sides(setting, on):
+    with jax.default_matmul_precision(setting):
+        assert benchmark.torch_work(SMALL, cpu=False).tf32 == benchmark.tf32() == on
+
+
+def test_hours_are_the_plans_flops_over_the_measured_rate():
+    rows = [
+        {"row": name, "ms_per_trial_step": ms} for name, ms in (("ours, a", 4.0), ("ours, b", 2.0), ("pytorch c", 8.0))
+    ]
+    found = {"model": "resnet", "rows": rows, "step_flops": 1e9, "title": "a net", "device": "2 x CPU"}
+    ours, torch = benchmark_report.device_hours(found, 3.6e18)
+    assert (ours["row"], torch["row"]) == ("ours, b", "pytorch c")
+    assert ours["hours"] == pytest.approx(3.6e18 / (1e9 / 2e-3) / 3600) == pytest.approx(torch["hours"] / 4)
+    said = benchmark_report.headline([found], 3.6e18)
+    assert "extrapolated" in said and "from a net, on 2 x CPU: 2,000 h with our core (ours, b" in said
+    assert benchmark_report.headline([{**found, "model": "mlp"}], 3.6e18) == ""
+
+
+def test_figure_2_is_the_dry_runs():
+    """10 lengths, 4 optimisers, 5 seeds: README says 16.7 EFLOP."""
+    assert dry_run.flops(warm_start.PAPER, warm_start.EXPERIMENT.fresh) == pytest.approx(16.7e18, rel=3e-3)
+
+
+def test_rows_that_fail_or_find_no_time_are_named(quick, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory\nand more")
+
+    rows = [
+        benchmark.one_row(SMALL),
+        benchmark.Row("broken", 1, broken),
+        benchmark.Row("fails later", 1, lambda _: benchmark.Live(broken)),
+    ]
+    monkeypatch.setattr(benchmark, "rows_of", lambda *_: rows)
+    monkeypatch.setattr(benchmark, "evaluation_share", lambda *_: 1.0)
+    found = benchmark.compare(SMALL, (1,), "python", 3.0, lambda _: None)
+    assert found["left_out"] == ["broken (out of memory)", "fails later (out of memory)"]
+    found = benchmark.compare(SMALL, (1,), "python", 0.0, lambda _: None)
+    assert [row["row"] for row in found["rows"]] == [benchmark.ONE]  # the first one counts at any price
+    assert found["left_out"] == ["broken (no time)", "fails later (no time)"]
+
+
+@pytest.fixture
+def small_growth(monkeypatch):
+    values = {"BLOCKS": (1, 2), "EPOCHS": (1, 2), "BATCHES": (2, 4), "DEPTHS": (1, 2), "REPEATS": 1}
+    for name, value in values.items():
+        monkeypatch.setattr(growth, name, value)
+
+
+def test_growth_measures_every_curve(small_growth):
     found = growth.growth(SMALL, Candidate("map", "plain", 1), jax.local_devices()[:2])
+    assert len(found["curves"]) == 6 and found["left_out"] == []
     assert all(len(points) == 2 and all(y > 0 for _, y in points) for points in found["curves"].values())
     assert set(found["exponents"]) == set(found["curves"])
     # Memory is counted, not timed: it grows with the trials, and no faster than they do.
     assert 0 < found["exponents"]["bytes_of_trials"] <= 1
+
+
+def test_growth_ends_in_time_and_names_what_it_left_out(small_growth):
+    found = growth.growth(SMALL, Candidate("map", "plain", 1), jax.local_devices()[:2], seconds=-1)
+    assert found["curves"] == found["exponents"] == {}
+    assert "seconds_of_steps from 2 on" in found["left_out"] and len(found["left_out"]) == 5
+    assert "seconds_of_steps from 2 on" in benchmark_report.growth_text(found)
 
 
 def test_trials_that_cannot_fit_are_refused_with_what_would(monkeypatch):
@@ -157,6 +248,7 @@ def command(*arguments):
         ("--config.model=vit", "model"),
         ("--config.width=-3", "width"),
         ("--config.convolution=fast", "convolution"),
+        ("--config.compute_dtype=float64", "float64"),
         ("--wokdir=x", "wokdir"),
     ],
 )
@@ -179,8 +271,7 @@ def test_pytorchs_ways_differ_in_what_they_say():
     found = torch_ways.ways(work, 2)
     assert len(found) == 4
     assert sum(processes * made.threads for made, processes in found.values()) == 8  # each takes both cores
-    gpu = torch_ways.ways(dataclasses.replace(work, device="cuda"), 1)
-    assert {made.dtype for made, _ in gpu.values()} == {"float32", "bfloat16"}
+    assert len(torch_ways.ways(dataclasses.replace(work, device="cuda"), 1)) == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the extra torch is not installed")
@@ -191,7 +282,7 @@ def test_pytorchs_worker_trains_the_cores_network(model):
     work = Work(model, 4, 2, "batch", 8, "adam", (8, 8, 3), 5)
     parameters = sum(p.numel() for p in torch_worker.network(work).parameters())
     assert parameters == models.parameters_count(model, width=4, depth=2, norm="batch", classes=5, shape_HWC=(8, 8, 3))
-    way = torch_ways.Way(sys.executable, work, 2)
+    way = torch_ways.Way(sys.executable, work, 2, 120.0)
     try:
         seconds, steps = way.train(3)
         assert steps == 6 and seconds > 0 and way.peak_bytes() > 2**20
@@ -203,4 +294,27 @@ def test_pytorchs_worker_trains_the_cores_network(model):
 def test_a_worker_that_cannot_start_says_why():
     work = Work("mlp", 8, 1, "none", 8, "adam", (4, 4, 1), 5, device="nowhere")
     with pytest.raises(RuntimeError):
-        torch_ways.Way(sys.executable, work, 1)
+        torch_ways.Way(sys.executable, work, 1, 120.0)
+
+
+def test_a_worker_that_hangs_is_ended_in_time(monkeypatch, tmp_path):
+    work = Work("mlp", 8, 1, "none", 8, "adam", (4, 4, 1), 5)
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text(
+        "import os, subprocess, sys, time\n"
+        f"helper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(tmp_path / 'helper')!r}, 'w').write(str(helper.pid))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(torch_ways, "_WORKER", hanging)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="no answer within 3 s"):
+        torch_ways.Way(sys.executable, work, 1, 3.0)
+    assert time.monotonic() - begin < 60
+    helper = int((tmp_path / "helper").read_text())
+    for _ in range(100):  # what it had started ends with it
+        state = Path(f"/proc/{helper}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the helper lives on")
