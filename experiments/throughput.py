@@ -61,23 +61,26 @@ def run(config: dict[str, Any], workdir: str, python: str) -> None:
     flops = dry_run.flops(warm_start.PAPER, warm_start.EXPERIMENT.fresh)
     found: dict[str, Any] = {"results": [], "growth": None, "left_out": [], "figure_2_flops": flops}
     found["date"] = datetime.date.today().isoformat()
-    for k, point in enumerate(points):
-        left, others = end - time.monotonic(), len(points) - k - 1
-        if k and left <= 0:
-            found["left_out"].append(benchmark.title(point))
-        else:
-            grow = 0.0 if k else 0.2 * left / (others + 1)
-            share = max(left - grow, 0.0) / (others + 1) / 60
-            result = benchmark.compare(point, tuple(trials), python if version else None, share, print)
-            result |= {"pytorch": version, "figure_2": benchmark_report.device_hours(result, flops)}
-            found["results"].append(result)
-            if not k:
-                axis = Candidate("map", "products" if point.model == "resnet" else "plain", 1)
-                left = max(end - time.monotonic(), 0.0)
-                found["growth"] = growth(point, axis, jax.local_devices(), left if not others else min(grow, left))
-            print(benchmark_report.markdown(result), flush=True)
+
+    def save() -> None:
         files.write_json(folder / "throughput.json", found)
         benchmark_report.write(found, folder)
+
+    for k, point in enumerate(points):
+        left = end - time.monotonic()
+        if k and left <= 0:
+            found["left_out"].append(benchmark.title(point))
+            continue
+        share = left / 60 / (len(points) - k + 0.5)  # the last half share is for growth
+        result = benchmark.compare(point, tuple(trials), python if version else None, share, print)
+        found["results"].append(
+            {**result, "pytorch": version, "figure_2": benchmark_report.device_hours(result, flops)}
+        )
+        print(benchmark_report.markdown(found["results"][-1]), flush=True)
+        save()
+    first = Candidate("map", "products" if points[0].model == "resnet" else "plain", 1)
+    found["growth"] = growth(points[0], first, jax.local_devices(), end - time.monotonic())
+    save()
     print("Written: " + ", ".join(str(folder / f"throughput.{kind}") for kind in ("json", "md", "png")))
 
 

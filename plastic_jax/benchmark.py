@@ -31,6 +31,7 @@ SPECS = {
 }
 BATCHES = 16  # of the train set that is trained on
 ROUNDS, SECONDS = 5, 0.5  # samples of a row, and how long each should take
+SLOW = 5.0  # seconds a step from which on a row's one sample is one step after its warm-up
 OBVIOUS, ONE = "jax, the obvious program", "jax, one trial at a time"
 
 
@@ -70,12 +71,16 @@ class Row:
         self.n = max(1, int(SECONDS / max(took, 1e-6)))
         if self.n > 1:
             self.live.train(self.n)  # a scan compiles for each number of steps
+        elif took > SLOW:
+            self.samples, self.note = [took / steps], f"slow: {steps // self.trials} step(s) after warm-up, one sample"
         elif steps <= self.trials:
             self.note = "slow: one step a sample"
 
     def sample(self) -> None:
         """Time some steps."""
         assert self.live
+        if "one sample" in self.note:
+            return
         seconds, steps = self.live.train(self.n)
         self.samples.append(seconds / steps)
 
@@ -336,12 +341,12 @@ def rows_of(
     axes = [("map", 1), ("vmap", 8), ("unroll", 4)]
     convolutions = ("mended", "products", "plain") if point.model == "resnet" else ("plain",)
     others = [Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions]
+    # On a CPU its convolutions take minutes a step.
+    rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     for other in others:
         if other != chosen:
             few = other.block * len(devices) if _slow(point, other, devices) else several
             rows.append(core_row(f"ours, {other}", point, other, few, devices))
-    # On a CPU its convolutions take minutes a step.
-    rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
     single = Candidate("map", chosen.convolution, 1)
     if len(devices) > 1:
@@ -406,6 +411,7 @@ def compare(
         "evaluation_over_forward_share": evaluation_share(point, chosen, devices) if time.monotonic() < end else None,
         "calibration": measured,
         "rates": seen,
+        "rates_spread": {name: [min(values), max(values)] for name, values in rates.items()},
         "rows": table,
         "left_out": left_out,
         "device": backend.device(),

@@ -44,16 +44,20 @@ def markdown(found: dict[str, Any]) -> str:
     """One network's rows as a table, fastest first, and the yardsticks."""
     rows = sorted(found["rows"], key=lambda row: -row["images_per_second"])
     lines = [HEADS, ["---"] * len(HEADS), *(_cells(row) for row in rows)]
-    rates, dtype, gpu = found["rates"], found["compute_dtype"], found["backend"] == "gpu"
+    dtype, gpu = found["compute_dtype"], found["backend"] == "gpu"
+
+    def rate(name: str, places: int) -> str:
+        low, high = found["rates_spread"][name]
+        return f"{found['rates'][name] / 1e9:,.{places}f} [{low / 1e9:,.{places}f}, {high / 1e9:,.{places}f}]"
+
     said = [
         f"{found['device']}; all rows compute in {dtype}"
         + (f", TF32 {'on' if found['tf32'] else 'off'} on both sides." if gpu and dtype == "float32" else "."),
-        f"Matmul rate {rates['matmul_flops'] / 1e9:,.0f} GFLOP/s ({dtype}), copy rate "
-        f"{rates['copy_bytes'] / 1e9:,.1f} GB/s.",
+        f"Matmul rate {rate('matmul_flops', 0)} GFLOP/s ({dtype}), copy rate {rate('copy_bytes', 1)} GB/s.",
         f"A step has {found['step_flops'] / 1e9:.3g} GFLOP, without the taps outside the image; {_check(found)}",
         "Utilisation counts all taps, as is usual: "
         f"{found['padded_step_flops'] / found['batch_size'] / 1e9:.3g} GFLOP an image.",
-        "Compiled anew, without a cache on disk; images/s: median [slowest, fastest sample].",
+        "Compiled anew, without a cache on disk. Rates are medians [slowest, fastest sample].",
         MEMORY.format(peak=PEAKS.get(found["backend"], PEAKS["gpu"])),
     ]
     if any("pytorch" in row["row"] for row in rows):
@@ -119,6 +123,7 @@ def growth_text(growth: dict[str, Any]) -> str:
 def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
     """Bars of images/s of each row for each network, and the growth curves below."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     results = [found for found in results if found["rows"]]
     count = len(results)
@@ -140,11 +145,13 @@ def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
         axis.barh(names, values, color=colours, xerr=[low, high], error_kw={"lw": 1})
         axis.set_xscale("log")
         axis.set_title(found["title"], loc="left")
-        axis.set_xlabel("images/s over all trials [number of trials]; bars: smallest and largest sample")
+        axis.set_xlabel("images/s over all trials [number of trials]; lines: slowest and fastest sample")
     for k, name in enumerate(panels):
         axis = drawn.add_subplot(grid[count + k // 3, k % 3])
         x, y = zip(*growth["curves"][name], strict=True)  # pyright: ignore[reportOptionalSubscript]
         axis.loglog(x, y, "o-")
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         what, _, of = name.partition("_of_")
         axis.set_xlabel(of)
         axis.set_ylabel(what)

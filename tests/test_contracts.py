@@ -203,6 +203,14 @@ def test_dynamic_values_share_one_compiled_program():
     assert sorted(ours) == ["jit(chunk)", "jit(fit)", "jit(place)", "jit(start)"]
 
 
+def test_nothing_is_transferred_unasked_when_a_chunk_is_called():
+    (run,) = tiny.programs(tiny.study(seeds=1), Formulation("map", "plain", 4))
+    run._deal()
+    run._data = jax.device_get(run._data)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run._run_chunk()
+
+
 def test_the_state_is_donated():
     (run,) = tiny.programs(tiny.study(seeds=1), Formulation("map", "plain", 4))
     run._deal()

@@ -150,6 +150,20 @@ def test_every_row_compiles_anew(quick):
         row.close()
 
 
+def test_a_slow_row_takes_one_step_after_its_warm_up():
+    taken = []
+
+    def train(n):
+        taken.append(n)
+        return 100.0, 4 * n
+
+    row = benchmark.Row("slow", 4, lambda _: benchmark.Live(train))
+    row.begin(60.0)
+    row.sample()
+    assert taken == [1] and row.samples == [25.0]
+    assert row.note == "slow: 1 step(s) after warm-up, one sample"
+
+
 def test_a_table_compares_one_dtype():
     assert {p.compute_dtype for p in benchmark.networks({}, gpu=False)} == {"float32"}
     both = benchmark.networks({"model": "resnet"}, gpu=True)
