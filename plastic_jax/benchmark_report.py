@@ -67,6 +67,8 @@ def markdown(found: dict[str, Any]) -> str:
         said.append(f"An evaluation takes {share:.2f} times its forward FLOPs' share of a step.")
     if found["left_out"]:
         said.append(f"Left out: {'; '.join(found['left_out'])}.")
+    if any(left.startswith("pytorch") for left in found["left_out"]):
+        said.append("**Not all of PyTorch's ways were measured: ratios to it are to the best of those that were.**")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + " ".join(said) + "\n"
 
 

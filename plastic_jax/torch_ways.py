@@ -36,8 +36,8 @@ def ways(work: Work, cores: int) -> dict[str, tuple[Work, int]]:
         if work.device == "cuda":
             found[f"pytorch {label}"] = made, 1
         else:
-            found[f"pytorch {label}, all cores"] = dataclasses.replace(made, threads=cores), 1
             found[f"pytorch {label}, a process a core"] = made, cores
+            found[f"pytorch {label}, all cores"] = dataclasses.replace(made, threads=cores), 1
     return found
 
 

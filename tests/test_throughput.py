@@ -124,7 +124,9 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
     assert rows[benchmark.ONE]["over_one_at_a_time"] == 1
     assert found["compiled_flops_over_closed_form"] == pytest.approx(1, abs=0.02)
     text = benchmark_report.markdown(found)
-    assert all(name in text for name in rows)
+    assert all(name in text for name in rows) and "Not all of PyTorch's" not in text
+    lacking = {**found, "left_out": ["pytorch compiled, all cores (no time)"]}
+    assert "Not all of PyTorch's ways were measured" in benchmark_report.markdown(lacking)
     assert "(within 2 %)" in text and "all rows compute in float32" in text
     curves = {"seconds_of_trials": [(2, 1.0), (4, 2.0)]}
     grown = {"curves": curves, "exponents": {"seconds_of_trials": 1.0}, "left_out": ["x from 8 on"], "title": "net"}
