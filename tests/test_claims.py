@@ -222,6 +222,30 @@ def test_a_censored_trial_is_a_bound_and_never_helps():
     assert row["verdict"] == "undecided" and row["effect_ci95"] == [None, None]
 
 
+def evaluated_every(run: Evidence, every: int) -> Evidence:
+    """The run as it had been with --config.eval_every: a stage's end is always there."""
+    last = run.table.groupby(["trial", "stage"])["epoch"].transform("max")
+    return dataclasses.replace(run, table=run.table[(run.table["epoch"] % every == 0) | (run.table["epoch"] == last)])
+
+
+def test_coarse_epochs_decide_nothing_by_themselves():
+    """Networks 20 to 30 % faster, which an evaluation every tenth epoch sees at the same one."""
+    slow, fast = [20, 19, 20, 18, 20, 19, 20, 20], [14, 15, 13, 14, 15, 14, 13, 14]
+    run = made("module_reset", [(SPEED[0], 0.0)], epochs=[slow, fast])
+    assert row_of("no-gain-in-speed", run)["verdict"] == "refuted"
+    row = row_of("no-gain-in-speed", evaluated_every(run, 10))
+    assert row["verdict"] == "undecided" and row["seeds_needed"] is None
+    assert row["effect"] == pytest.approx(0) and row["effect_ci95"] == pytest.approx([11 / 20 - 1, 20 / 11 - 1])
+    assert row["notes"][0].startswith("epochs are known to 10, between two evaluations")
+    bounds = evaluated_every(run, 10).epochs_to("arm 1", 0.99)
+    assert bounds["low"].tolist() == [11] * SEEDS and bounds["high"].tolist() == [20] * SEEDS
+    exact = run.epochs_to("arm 1", 0.99)
+    assert exact["low"].tolist() == exact["high"].tolist() == fast
+    # Coarse epochs decide where the bounds do: three times as fast, at every other epoch.
+    row = row_of("no-gain-in-speed", evaluated_every(made("module_reset", [(SPEED[0], 0.0)], epochs=[30, 10]), 2))
+    assert row["verdict"] == "refuted"
+
+
 def test_too_few_pairs_and_too_many_diverged_decide_nothing():
     row = row_of("warm-below-fresh", made("warm_start", [(LONG, -0.1)], seeds=2))
     assert row["verdict"] == "undecided" and row["notes"] == ["fewer than 3 pairs"] and row["effect_ci95"] is None

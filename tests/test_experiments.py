@@ -197,6 +197,10 @@ def test_training_speed_is_the_first_epoch_at_that_accuracy_or_censored():
     assert fresh.epochs.tolist() == [3, 4, 5, 6, 7, 8, 9, 10] and fresh.reached.all()
     assert reset.epochs.tolist() == [6, 7, 8, 9, 10, 10, 10, 10]
     assert reset.reached.tolist() == [True] * 5 + [False] * 3
+    assert fresh.before.tolist() == [2, 3, 4, 5, 6, 7, 8, 9] and reset.before.tolist() == [5, 6, 7, 8, 9] + [10] * 3
+    coarse = results.epochs_to_accuracy(table[(table.epoch % 3 == 0) | (table.epoch == 10)], 0.99)
+    fresh = coarse[~coarse["arm"].str.contains("reset")]
+    assert fresh.epochs.tolist() == [3, 6, 6, 6, 9, 9, 9, 10] and fresh.before.tolist() == [0, 3, 3, 3, 6, 6, 6, 9]
     table.loc[table.trial == 0, "diverged"] = True
     assert 0 not in set(results.epochs_to_accuracy(table, 0.99).trial)
 
