@@ -235,9 +235,7 @@ def _speed(evidence: Evidence, levels: Levels) -> Measured:
     samples, never, between = [], 0, 0.0
     for arm in levels.values():
         seeds = evidence.pairs(arm).index
-        fresh, own = (
-            evidence.epochs_to(one, SPEED_ACCURACY).loc[seeds] for one in (evidence.setting.fresh[arm], arm)
-        )
+        fresh, own = (evidence.epochs_to(one, SPEED_ACCURACY).loc[seeds] for one in (evidence.setting.fresh[arm], arm))
         low, high = np.log(own["low"]) - np.log(fresh["high"]), np.log(own["high"]) - np.log(fresh["low"])
         samples.append(Sample(_label(evidence, arm, ("reset",)), low.to_numpy(), high.to_numpy()))
         for half in (own, fresh):
