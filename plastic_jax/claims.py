@@ -56,8 +56,8 @@ quarter is left, 0.325 points beyond either threshold. Equivalence: no differenc
 `seeds_needed` is for a table of this row alone, `seeds_needed_in_table` for the first step of this table's correction.
 
 **Scope.** A verdict is about its own model and data set. It is about the paper's setting (`scope` "paper") only where
-every field has a value of the experiment's preset `paper`, and none a control's, such as a falling learning rate. No
-MLP refutes a claim about a ResNet.
+every field, the claim's own levels too, has a value of the experiment's preset `paper`, and none a control's, such as a
+falling learning rate. No MLP refutes a claim about a ResNet.
 """
 
 import itertools

@@ -232,6 +232,8 @@ def _scope(row: Row) -> str:
     paper = row.evidence.paper
     same = all(value in paper.get(name, (value,)) for name, value in row.setting.items())
     same &= all(row.setting[name] == value for name, value in row.claim.paper.items())
+    arms = [row.evidence.values[arm] for arm in row.levels.values()]
+    same &= all(arm[n] is None or arm[n] in paper.get(n, (arm[n],)) for arm in arms for n in row.claim.fields)
     if row.claim.longest:
         lengths = {row.evidence.values[arm]["warm_start_epochs"] for arm in row.levels.values()}
         same &= lengths == {max(paper["warm_start_epochs"])}

@@ -93,7 +93,9 @@ def made(
                 more = [EPOCHS + 1, EPOCHS + 2]
                 table += rows(trial, {"arm": arm}, seed, "tuning_continued", more, [accuracy[seed] + control] * 2)
     setting = Setting((), tuple({"arm": arm} for arm in names), dict.fromkeys(names, names[0]), 2, control is not None)
-    paper = {n: (value,) for n, value in canonical(Config()).items()} | {"metric_epochs": (2,), WARM: (0, 350)}
+    paper = {n: (value,) for n, value in canonical(Config()).items()}
+    paper |= {n: tuple({arm[n] for arm in values}) for own, _ in arms for n in own}
+    paper |= {"metric_epochs": (2,), WARM: (0, 350)}
     return Evidence(
         f"runs/{name}-{key}", name, pd.DataFrame(table), setting, dict(zip(names, values, strict=True)), paper
     )
@@ -308,6 +310,13 @@ def test_shorter_pretraining_or_another_metric_is_not_the_papers_setting():
     run = made("warm_start", [(LONG, -0.02)])
     longer = dataclasses.replace(run, paper={**run.paper, "metric_epochs": (100,)})
     assert row_of("warm-below-fresh", longer)["scope"] == "other"
+
+
+def test_other_levels_are_not_the_papers_setting():
+    run = made("capacity", [(arm, -0.02) for arm in SIZES])
+    assert row_of("every-size", run)["scope"] == "paper"
+    wide = dataclasses.replace(run, paper={**run.paper, "width": (64, 128)})
+    assert row_of("every-size", wide)["scope"] == "other"
 
 
 def test_a_control_is_not_the_papers_setting():
