@@ -27,7 +27,8 @@ FIGURES = {
     "tuning_learning_rate": {"gap", "accuracy"},
     "online": {"online"},
 }
-TINY = dict(train_examples=100, batch_size=8, tuning_epochs=3, metric_epochs=1, seeds=3)
+# One width of the batches and, where it can be, one size of the network: the runs share their compiled programs.
+TINY = dict(train_examples=100, batch_size=8, tuning_epochs=3, metric_epochs=1, seeds=3, trials_per_device=2)
 TINIER = {
     "warm_start": dict(warm_start_epochs=(0, 2), width=8, depth=1),
     "smooth_transition": dict(gamma=(0.2, 0.8), width=8, depth=1),
