@@ -31,14 +31,14 @@ PAPER = dict(depth=(1, 2, 3, 4), width=(16, 32, 64, 128))  # sizes are ours (the
 
 def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
     """Gap and test accuracy against width, a line for each depth."""
-    x, line = ("width", "depth") if "width" in setting.swept else ("depth", None)
-    words = {"width": "width w", "depth": "depth d"}
+    x = figures.on_axis(setting, "width", "depth")
+    words = {"width": "width w", "depth": "depth d", "warm_start_epochs": "pretraining epochs"}
     gaps = figures.gap_curve(
         table,
         summary,
         setting,
         x=x,
-        line=line,
+        line="depth" if x == "width" else None,
         title=f"Generalisation gap against the network's size\n{subtitle}",
         xlabel=words[x],
     )

@@ -34,22 +34,28 @@ PAPER = dict(reset=RESETS)
 
 
 def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
-    """The gap of each reset; epochs of tuning to 99 % train accuracy with the first modules kept."""
+    """The gap of each reset; epochs to 99 % train accuracy with the first modules kept. Both for each other setting."""
     groups = {"first modules reset": PREFIXES, "last modules reset": SUFFIXES, "one module reset": SINGLETONS}
-    title = f"Generalisation gap after a reset of modules\n{subtitle}"
-    gaps = arm_figures.reset_gaps(table, summary, setting, groups, title)
-    title = f"Epochs of tuning to 99 % train accuracy\n{subtitle}"
-    speed = arm_figures.training_speed(table, setting, SUFFIXES[::-1], title)
-    return [
-        ("reset", "Generalisation gap against the modules that were re-initialised (the paper's figure 6).", gaps),
-        ("speed", "Epochs to 99 % train accuracy after a reset of the later modules (the paper's figure 11).", speed),
-    ]
+    found: list[Drawing] = []
+    for k, (words, part) in enumerate(arm_figures.apart(setting, "reset"), 1):
+        below, after, number = subtitle + f", {words}" * bool(words), f": {words}" * bool(words), f"_{k}" * (k > 1)
+        title = f"Generalisation gap after a reset of modules\n{below}"
+        gaps = arm_figures.reset_gaps(table, summary, part, groups, title)
+        caption = f"Generalisation gap against the modules that were re-initialised (the paper's figure 6){after}."
+        found.append((f"reset{number}", caption, gaps))
+        speed = arm_figures.training_speed(
+            table, part, SUFFIXES[::-1], f"Epochs of tuning to 99 % train accuracy\n{below}"
+        )
+        caption = f"Epochs to 99 % train accuracy after a reset of the later modules (the paper's figure 11){after}."
+        found.append((f"speed{number}", caption, speed))
+    return found
 
 
 EXPERIMENT = Experiment(
     name="module_reset",
     title="Reset of modules: the generalisation gap",
     presets={"quickstart": QUICKSTART, "paper": PAPER},
+    fresh={"warm_start_epochs": 0, "reset": "none"},
     draw=draw,
 )
 

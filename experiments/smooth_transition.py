@@ -46,7 +46,7 @@ def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle
     )
     title = f"Test accuracy of a smooth transition\n{subtitle}"
     line, beside = "smooth transition (gamma = 0: fresh)", "ordinary fresh, each example once an epoch"
-    panels = [arm_figures.Panel("gamma", label, line=line, beside=beside)]
+    panels = [arm_figures.Panel("gamma", f"{label} (0: fresh)", line=line, beside=beside)]
     accuracy = arm_figures.accuracy_against(table, setting, panels, title)
     return [
         ("gap", "Generalisation gap against gamma, to the same sampler with gamma = 0 (the paper's figure 3).", gaps),

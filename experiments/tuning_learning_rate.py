@@ -26,18 +26,19 @@ PAPER = COMMON
 
 def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
     """Gap and test accuracy against the tuning learning rate, a line for each schedule."""
-    label = "tuning learning rate / pretraining learning rate"
+    x = figures.on_axis(setting, "tuning_learning_rate_factor")
+    label = "pretraining epochs" if x == figures.WARM_START else "tuning learning rate / pretraining learning rate"
     gaps = figures.gap_curve(
         table,
         summary,
         setting,
-        x="tuning_learning_rate_factor",
+        x=x,
         line="schedule",
         title=f"Generalisation gap against the tuning learning rate\n{subtitle}",
         xlabel=label,
     )
     title = f"Fresh and pretrained networks at several tuning learning rates\n{subtitle}"
-    panels = [arm_figures.Panel("tuning_learning_rate_factor", label)]
+    panels = [arm_figures.Panel(x, label)]
     accuracy = arm_figures.accuracy_against(table, setting, panels, title)
     return [
         ("gap", "Generalisation gap against the tuning stage's learning rate (the paper's figure 7).", gaps),

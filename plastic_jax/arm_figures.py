@@ -1,5 +1,6 @@
 """Figures that set arms side by side: stages, sizes, resets, training speed, chunks (the paper's 4-7 and 11)."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from plastic_jax.figures import (
     MARKERS,
     WARM_START,
     combination,
+    nothing,
     places,
     plain_style,
     slot_width,
@@ -35,13 +37,14 @@ REACHED = 0.99  # train accuracy by which training speed is measured (the paper'
 class Panel:
     """A panel of `accuracy_against`: the swept field on its axis, the axis' label, the values that lines must have.
 
-    `line`: name of a line that nothing else tells apart; `beside`: of a fresh arm on which `x` has no effect.
+    `line`: name of a line that nothing else tells apart (by default its own values); `beside`: of a fresh arm on which
+    `x` has no effect.
     """
 
     x: str
     xlabel: str
     only: Mapping[str, Any] = field(default_factory=dict)
-    line: str = "mean"
+    line: str = ""
     beside: str = "fresh"
 
 
@@ -99,13 +102,16 @@ def _draw_panel(
     slot = slot_width(place, len(lines))
     told = [name for k, name in enumerate(others) if len({key[k] for key in lines}) > 1 and name not in panel.only]
     coloured = [name for name in told if name != WARM_START]
+    lengths = sorted({dict(zip(others, key, strict=True)).get(WARM_START) or 0 for key in lines} - {0})
     colours: dict[str, str] = {}
     for index, (key, own) in enumerate(lines.items()):
         values = dict(zip(others, key, strict=True))
         fresh = all(setting.is_fresh(arm["arm"]) for arm in own)
         name = combination(values, coloured)
         colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
-        look: dict[str, Any] = {"marker": MARKERS[[*colours].index(name) % len(MARKERS)]}
+        length = values.get(WARM_START) or 0
+        marker = [*colours].index(name) + (lengths.index(length) if length else 0)
+        look: dict[str, Any] = {"marker": MARKERS[marker % len(MARKERS)]}
         look |= {"ls": "--", "mfc": "white"} if fresh else {}
         drawn = sorted([*shared, *own], key=lambda arm: place[arm[panel.x]])
         at = np.array([place[arm[panel.x]] for arm in drawn]) + (index - (len(lines) - 1) / 2) * slot
@@ -114,15 +120,19 @@ def _draw_panel(
             ", ".join(filter(None, [name, _kind(values, fresh, told)]))
             or combination(panel.only, list(panel.only))
             or panel.line
+            or combination(values, others)
+            or "mean"
         )
         axes.errorbar(at, means, [below, above], color=colour, capsize=3, elinewidth=1.2, ms=6, label=label, **look)
     beside = [arm for arm in arms if arm[panel.x] is None]
+    apart_by = [name for name in others if len({arm[name] for arm in beside}) > 1]
     for arm, style in zip(beside, ("--", ":", "-."), strict=False):
         mean, below, above = _estimate(samples[arm["arm"]])
         axes.axhspan(mean - below, mean + above, color=GREY, alpha=0.13, lw=0)
-        name = panel.beside if setting.is_fresh(arm["arm"]) else arm["arm"]
+        words = [panel.beside, combination(arm, apart_by)]
+        name = ", ".join(filter(None, words)) if setting.is_fresh(arm["arm"]) else arm["arm"]
         axes.axhline(mean, color=GREY, ls=style, lw=1.4, zorder=1, label=name)
-    value_ticks(axes, place)
+    value_ticks(axes, place, slot * (len(lines) - 1) / 2)
     return logarithmic
 
 
@@ -130,6 +140,29 @@ def _kind(values: Arm, fresh: bool, told: Sequence[str]) -> str:
     if WARM_START not in told:
         return ""
     return "fresh" if fresh else f"pretrained for {value_text(values[WARM_START])} epochs"
+
+
+def apart(setting: Setting, field: str) -> list[tuple[str, Setting]]:
+    """A setting cut into those of one value each of all swept fields but `field`: their values in words, and the arms.
+
+    Each has its fresh arms; arms on which `field` has no effect are left out. The words are empty where there is one
+    such setting.
+    """
+    others = [name for name in setting.swept if name != field]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for arm in setting.arms:
+        if not setting.is_fresh(arm["arm"]) and arm[field] is not None:
+            groups.setdefault(tuple(arm[name] for name in others), []).append(arm)
+    if len(groups) < 2:
+        return [("", setting)]
+    told = [name for k, name in enumerate(others) if len({key[k] for key in groups}) > 1]
+    found = []
+    for arms in groups.values():
+        names = {arm["arm"] for arm in arms} | {setting.fresh[arm["arm"]] for arm in arms}
+        own = tuple(arm for arm in setting.arms if arm["arm"] in names)
+        fresh = {name: setting.fresh[name] for name in names}
+        found.append((combination(arms[0], told), dataclasses.replace(setting, arms=own, fresh=fresh)))
+    return found
 
 
 def reset_gaps(
@@ -141,13 +174,18 @@ def reset_gaps(
 ) -> "Canvas":
     """The paper's figure 6: the gap after a reset, in percentage points; a panel for each group of sets of modules.
 
+    Sets of no group have a panel of their own. The setting holds one arm for each set (`apart`).
     Markers with bars: mean and paired 95 % t interval; dots: the seeds; hollow: at equal updates; a cross: no verdict.
     The grey band is the gap without a reset.
     """
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
 
-    compared = {row["reset"]: row for row in summary if row.get("reset") is not None and row["gap"] is not None}
+    named = {arm["arm"] for arm in setting.arms}
+    own = [row for row in summary if row["arm"] in named and row.get("reset") is not None]
+    compared = {row["reset"]: row for row in own if row["gap"] is not None}
+    grouped = {"none", *(name for sets in groups.values() for name in sets)}
+    groups = {**groups, "other modules reset": [name for name in compared if name not in grouped]}
     metrics = results.trial_metrics(table, setting)
     shown = {name: [s for s in sets if s in compared] for name, sets in groups.items()}
     shown = {name: sets for name, sets in shown.items() if sets} or {"": []}
@@ -177,6 +215,8 @@ def reset_gaps(
             one.set_xlim(-0.6, max(len(sets) - 0.4, 0.6))
             one.grid(visible=False, axis="x")
             one.set_xlabel(name)
+            if not sets:
+                nothing(one, "no pair of trials with a reset")
         axes[0].set_ylabel("generalisation gap, percentage points")
         counts = [row["pairs"] for row in compared.values()]
         axes[0].set_title(title_of(title, counts, "paired seed", 70))
@@ -202,6 +242,7 @@ def _bar(axes: "Axes", at: float, row: Mapping[str, Any], column: str, **look: A
 def training_speed(table: pd.DataFrame, setting: Setting, resets: Sequence[str], title: str) -> "Canvas":
     """The paper's figure 11: epochs of tuning to 99 % train accuracy, fresh and after the resets named.
 
+    The setting holds one arm for each reset (`apart`).
     Dots: the seeds, as triangles where it was never reached within the tuning stage; markers with bars: median and
     its interval from order statistics, with an arrow where that is censored.
     """
@@ -216,7 +257,7 @@ def training_speed(table: pd.DataFrame, setting: Setting, resets: Sequence[str],
     with plain_style():
         canvas = Canvas(figsize=(7.5, 4.8), layout="constrained")
         axes = canvas.subplots()
-        censored = False
+        censored = intervals = False
         for at, (name, own) in enumerate(names.items()):
             colour = COLOURS[0] if name == "fresh" else COLOURS[1]
             for reached, marker in ((True, "o"), (False, "^")):
@@ -227,7 +268,9 @@ def training_speed(table: pd.DataFrame, setting: Setting, resets: Sequence[str],
                 continue
             censored |= not own["reached"].all()
             median = own["epochs"].median()
-            low, high = results.median_interval(own["epochs"].to_numpy()) or (median, median)
+            interval = results.median_interval(own["epochs"].to_numpy())
+            intervals |= interval is not None
+            low, high = interval or (median, median)
             most = own.loc[~own["reached"], "epochs"].min()
             bars = [[median - low], [high - median]]
             axes.errorbar(at, median, bars, fmt="o", ms=7, capsize=4, color=colour, zorder=4, lolims=False)
@@ -240,8 +283,9 @@ def training_speed(table: pd.DataFrame, setting: Setting, resets: Sequence[str],
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("modules reset after pretraining (those before are kept)")
         axes.set_ylabel(f"epochs of tuning to {100 * REACHED:g} % train accuracy")
-        heading = title_of(title, [len(own) for own in names.values()], "seed", 62)
-        axes.set_title(heading.replace("mean and 95 % interval", "median and 95 % interval"))
+        shown = "median and 95 % interval" if intervals else "median"
+        shown += f"; evaluated every {setting.eval_every} epochs" * (setting.eval_every > 1)
+        axes.set_title(title_of(title, [len(own) for own in names.values()], "seed", 62, shown))
         handles = [
             Line2D([], [], color=COLOURS[0], marker="o", ls="", label="fresh"),
             Line2D([], [], color=COLOURS[1], marker="o", ls="", label="pretrained, then reset"),
@@ -281,8 +325,10 @@ def online_curves(table: pd.DataFrame, setting: Setting, title: str) -> "Canvas"
         canvas = Canvas(figsize=(11, 4.8), layout="constrained")
         curves, gaps = canvas.subplots(1, 2)
         handles: list[Line2D] = []
+        values = {arm["arm"]: arm for arm in setting.arms}
+        others = [name for name in setting.swept if name != "intervention"]
         for index, (warm, fresh) in enumerate(pairs):
-            more = "" if len(pairs) == 1 else f": {warm}"
+            more = "" if len(pairs) == 1 else f": {combination(values[warm], others)}"
             for arm, kind, colour in ((fresh, "fresh", 2 * index), (warm, "warm", 2 * index + 1)):
                 look: dict[str, Any] = {"color": COLOURS[colour % len(COLOURS)], "marker": MARKERS[colour % 7]}
                 _chunk_line(curves, stages[arm], **look)
@@ -292,6 +338,9 @@ def online_curves(table: pd.DataFrame, setting: Setting, title: str) -> "Canvas"
             if len(pairs) == 1:
                 dots = 100 * difference
                 gaps.scatter(dots.index.get_level_values(0), dots, s=8, lw=0, color=COLOURS[1], alpha=0.35)
+        if not pairs:
+            for one in (curves, gaps):
+                nothing(one, "no pair of trials, warm and fresh")
         gaps.axhline(0, color="black", lw=1, zorder=1)
         curves.set_ylabel("test accuracy, %")
         gaps.set_ylabel("gap: warm minus fresh, percentage points")

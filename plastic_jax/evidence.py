@@ -52,15 +52,12 @@ class Evidence:
         return stages.sort_values("step").groupby("seed")["fit_accuracy"].last()
 
     def epochs_to(self, arm: str, accuracy: float) -> pd.DataFrame:
-        """By seed: `epochs` of tuning until the train accuracy was first seen at `accuracy`; `reached`: whether it was.
+        """By seed: bounds `low` and `high` of the first epoch of tuning whose train accuracy is at least `accuracy`.
 
-        Where it was not, `epochs` is the last one trained: a lower bound.
+        They are equal where every epoch is evaluated; `high` is infinite where that accuracy was never seen.
         """
-        own = self.table[(self.table["arm"] == arm) & (self.table["stage"] == TUNING)]
-        own = own.assign(epochs=np.floor(own["epoch"] + 1e-9))
-        last = own.groupby("seed")["epochs"].max()
-        first = own[own["train_accuracy"] >= accuracy].groupby("seed")["epochs"].min().reindex(last.index)
-        return pd.DataFrame({"epochs": first.fillna(last), "reached": first.notna()})
+        found = results.epochs_to_accuracy(self.table[self.table["arm"] == arm], accuracy).set_index("seed")
+        return pd.DataFrame({"low": found["before"] + 1, "high": found["epochs"].where(found["reached"], np.inf)})
 
 
 def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None]) -> Evidence:

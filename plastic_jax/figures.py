@@ -166,10 +166,10 @@ def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str 
     return canvas
 
 
-def title_of(title: str, numbers: Sequence[int], what: str, columns: int) -> str:
-    """A title wrapped to `columns` letters, then how many seeds there are and what of them."""
+def title_of(title: str, numbers: Sequence[int], what: str, columns: int, shown: str = "") -> str:
+    """A title wrapped to `columns` letters, then how many seeds there are and what of them (`shown`)."""
     few, many = min(numbers, default=0), max(numbers, default=0)
-    shown = "mean and 95 % interval" if many >= results.LEAST_PAIRS_T else "mean"
+    shown = shown or ("mean and 95 % interval" if many >= results.LEAST_PAIRS_T else "mean")
     seeds = f"{few}" if few == many else f"{few}-{many}"
     what += "s" * (many != 1)
     wrapped = [part for line in title.splitlines() for part in textwrap.wrap(line, columns)]
@@ -313,8 +313,10 @@ def gap_curve(
         label = xlabel or ("pretraining epochs" if x == WARM_START else x.replace("_", " "))
         for one in axes:
             one.axhline(0, color="black", lw=1, zorder=1)
-            value_ticks(one, place)
+            value_ticks(one, place, slot * (len(lines) - 1) / 2)
             one.set_xlabel(label + " (log scale)" * logarithmic)
+        if not compared:
+            nothing(axes[0], "no arm beside the fresh one")
         axes[0].set_ylabel("generalisation gap, percentage points")
         pairs = [row["pairs"] for row in compared]
         axes[0].set_title(title_of(title, pairs, "paired seed", 62 if panels == 1 else 52))
@@ -323,6 +325,16 @@ def gap_curve(
         columns = min(len(handles), 4 * panels) or 1
         canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
     return canvas
+
+
+def nothing(axes: "Axes", why: str) -> None:
+    """Say in an empty panel why it is empty."""
+    axes.text(0.5, 0.93, why, transform=axes.transAxes, ha="center", color=GREY)
+
+
+def on_axis(setting: Setting, *fields: str) -> str:
+    """The first of `fields` that is swept, else the number of pretraining epochs."""
+    return next((name for name in fields if name in setting.swept), WARM_START)
 
 
 def _is_number(value: Any) -> bool:
@@ -347,8 +359,8 @@ def slot_width(place: dict[Any, float], lines: int) -> float:
     return min(0.03 * width, 0.65 * min(np.diff(at), default=width) / max(lines, 1))
 
 
-def value_ticks(axes: "Axes", place: dict[Any, float]) -> None:
-    """A tick at each value, and a label where the one before it leaves room."""
+def value_ticks(axes: "Axes", place: dict[Any, float], beside: float = 0.0) -> None:
+    """A tick at each value, and a label where the one before it leaves room; lines reach `beside` either side of it."""
     low, high = min(place.values(), default=0.0), max(place.values(), default=0.0)
     width = (high - low) or 1.0
     labels: list[str] = []
@@ -358,7 +370,7 @@ def value_ticks(axes: "Axes", place: dict[Any, float]) -> None:
         labels.append(value_text(value) if room else "")
         last = at if room else last
     axes.set_xticks(list(place.values()), labels)
-    axes.set_xlim(low - 0.06 * width, high + 0.06 * width)
+    axes.set_xlim(low - 0.06 * width - beside, high + 0.06 * width + beside)
     if max(map(len, labels), default=0) > 8:
         axes.tick_params(axis="x", labelrotation=30)
 

@@ -212,17 +212,21 @@ def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
 def epochs_to_accuracy(table: pd.DataFrame, accuracy: float) -> pd.DataFrame:
     """Training speed: one row per trial that did not diverge, sorted by trial (the paper's figure 11).
 
-    `trial`, `arm`, `seed`; `epochs` of the tuning stage until an epoch's train accuracy is at least
-    `accuracy`, or all of its epochs; `reached`: whether it was (else the number is censored).
+    `trial`, `arm`, `seed`; `epochs` of the tuning stage until an epoch's train accuracy was first
+    seen to be at least `accuracy`, or all of its epochs; `reached`: whether it was (else the number
+    is censored); `before`: the evaluated epoch before that one, or all of its epochs. So the epoch
+    asked for lies in `before` + 1 .. `epochs`, or beyond `before`.
     """
     tuning = table[table["stage"] == TUNING].sort_values(["trial", "step"])
     diverged = set(table.loc[table["diverged"] & (table["stage"] != CONTINUED), "trial"])
     tuning = tuning[~tuning["trial"].isin(diverged)]
     tuning = tuning.assign(epochs=_whole_epochs(tuning), reached=tuning["train_accuracy"] >= accuracy - _EPSILON)
+    tuning["before"] = tuning.groupby("trial")["epochs"].shift(fill_value=0.0)
     first = tuning[tuning["reached"]].groupby("trial").head(1)
     never = tuning[~tuning["trial"].isin(first["trial"])].groupby("trial").tail(1)
+    never = never.assign(before=never["epochs"])
     found = pd.concat([first, never]).sort_values("trial", ignore_index=True)
-    return found[["trial", "arm", "seed", "epochs", "reached"]]
+    return found[["trial", "arm", "seed", "epochs", "reached", "before"]]
 
 
 def median_interval(values: np.ndarray) -> list[float] | None:

@@ -154,10 +154,11 @@ def stages(point: Config, sizes: tuple[int, ...]) -> tuple[Stage, ...]:
 
 def _check(point: Config, spec: DatasetSpec) -> None:
     """Refuse a point whose fields are each allowed but impossible together."""
-    if point.transition == "smooth" and point.gamma >= 1:
+    rounded = float(np.float32(point.gamma))  # as the compiled program has it
+    if point.transition == "smooth" and (rounded >= 1 or (point.gamma and not rounded)):
         raise InputError(
-            f"--config.gamma={point.gamma} is not allowed: a number from 0 to below 1 (with 1 the whole set is "
-            "never drawn from)."
+            f"--config.gamma={point.gamma} is not allowed: a number from 0 to below 1 (with 1 the whole set is never "
+            f"drawn from), and this is {rounded:g} in single precision."
         )
     pool = spec.train_examples
     held = sampler.validation_size(pool, point.validation_fraction)

@@ -193,14 +193,18 @@ def worst(row: Row) -> Sample:
 
 
 def _effect(sample: Sample, unit: str) -> tuple[float | None, list[float | None] | None]:
-    """Mean and 95 % interval; null where censoring leaves it open. A ratio of epochs is given minus 1."""
+    """Mean and 95 % interval; null where censoring leaves it open. A ratio of epochs is given minus 1.
+
+    Between bounds, the mean is that of their middles, and the interval goes from the lower ones' to the upper ones'.
+    """
 
     def shown(value: float) -> float | None:
         return None if not math.isfinite(value) else math.expm1(value) if unit == "ratio" else float(value)
 
     if not len(sample.low):
         return None, None
-    mean = float(sample.low.mean()) if np.array_equal(sample.low, sample.high) else math.nan
+    closed = np.isfinite([sample.low, sample.high]).all()
+    mean = float((sample.low + sample.high).mean() / 2) if closed else math.nan
     ends = [
         interval[end] if np.isfinite(bound).all() and (interval := t_interval(bound)) else math.nan
         for end, bound in enumerate((sample.low, sample.high))
@@ -228,6 +232,8 @@ def _scope(row: Row) -> str:
     paper = row.evidence.paper
     same = all(value in paper.get(name, (value,)) for name, value in row.setting.items())
     same &= all(row.setting[name] == value for name, value in row.claim.paper.items())
+    arms = [row.evidence.values[arm] for arm in row.levels.values()]
+    same &= all(arm[n] is None or arm[n] in paper.get(n, (arm[n],)) for arm in arms for n in row.claim.fields)
     if row.claim.longest:
         lengths = {row.evidence.values[arm]["warm_start_epochs"] for arm in row.levels.values()}
         same &= lengths == {max(paper["warm_start_epochs"])}

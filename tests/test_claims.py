@@ -93,7 +93,9 @@ def made(
                 more = [EPOCHS + 1, EPOCHS + 2]
                 table += rows(trial, {"arm": arm}, seed, "tuning_continued", more, [accuracy[seed] + control] * 2)
     setting = Setting((), tuple({"arm": arm} for arm in names), dict.fromkeys(names, names[0]), 2, control is not None)
-    paper = {n: (value,) for n, value in canonical(Config()).items()} | {"metric_epochs": (2,), WARM: (0, 350)}
+    paper = {n: (value,) for n, value in canonical(Config()).items()}
+    paper |= {n: tuple({arm[n] for arm in values}) for own, _ in arms for n in own}
+    paper |= {"metric_epochs": (2,), WARM: (0, 350)}
     return Evidence(
         f"runs/{name}-{key}", name, pd.DataFrame(table), setting, dict(zip(names, values, strict=True)), paper
     )
@@ -222,6 +224,30 @@ def test_a_censored_trial_is_a_bound_and_never_helps():
     assert row["verdict"] == "undecided" and row["effect_ci95"] == [None, None]
 
 
+def evaluated_every(run: Evidence, every: int) -> Evidence:
+    """The run as it had been with --config.eval_every: a stage's end is always there."""
+    last = run.table.groupby(["trial", "stage"])["epoch"].transform("max")
+    return dataclasses.replace(run, table=run.table[(run.table["epoch"] % every == 0) | (run.table["epoch"] == last)])
+
+
+def test_coarse_epochs_decide_nothing_by_themselves():
+    """Networks 20 to 30 % faster, which an evaluation every tenth epoch sees at the same one."""
+    slow, fast = [20, 19, 20, 18, 20, 19, 20, 20], [14, 15, 13, 14, 15, 14, 13, 14]
+    run = made("module_reset", [(SPEED[0], 0.0)], epochs=[slow, fast])
+    assert row_of("no-gain-in-speed", run)["verdict"] == "refuted"
+    row = row_of("no-gain-in-speed", evaluated_every(run, 10))
+    assert row["verdict"] == "undecided" and row["seeds_needed"] is None
+    assert row["effect"] == pytest.approx(0) and row["effect_ci95"] == pytest.approx([11 / 20 - 1, 20 / 11 - 1])
+    assert row["notes"][0].startswith("epochs are known to 10, between two evaluations")
+    bounds = evaluated_every(run, 10).epochs_to("arm 1", 0.99)
+    assert bounds["low"].tolist() == [11] * SEEDS and bounds["high"].tolist() == [20] * SEEDS
+    exact = run.epochs_to("arm 1", 0.99)
+    assert exact["low"].tolist() == exact["high"].tolist() == fast
+    # Coarse epochs decide where the bounds do: three times as fast, at every other epoch.
+    row = row_of("no-gain-in-speed", evaluated_every(made("module_reset", [(SPEED[0], 0.0)], epochs=[30, 10]), 2))
+    assert row["verdict"] == "refuted"
+
+
 def test_too_few_pairs_and_too_many_diverged_decide_nothing():
     row = row_of("warm-below-fresh", made("warm_start", [(LONG, -0.1)], seeds=2))
     assert row["verdict"] == "undecided" and row["notes"] == ["fewer than 3 pairs"] and row["effect_ci95"] is None
@@ -284,6 +310,13 @@ def test_shorter_pretraining_or_another_metric_is_not_the_papers_setting():
     run = made("warm_start", [(LONG, -0.02)])
     longer = dataclasses.replace(run, paper={**run.paper, "metric_epochs": (100,)})
     assert row_of("warm-below-fresh", longer)["scope"] == "other"
+
+
+def test_other_levels_are_not_the_papers_setting():
+    run = made("capacity", [(arm, -0.02) for arm in SIZES])
+    assert row_of("every-size", run)["scope"] == "paper"
+    wide = dataclasses.replace(run, paper={**run.paper, "width": (64, 128)})
+    assert row_of("every-size", wide)["scope"] == "other"
 
 
 def test_a_control_is_not_the_papers_setting():

@@ -425,8 +425,9 @@ def test_gammas_and_an_ordinary_fresh_arm_run_in_one_program():
 
 
 def test_gamma_of_one_is_refused():
-    with pytest.raises(InputError, match="gamma=1"):
-        tiny.study(fresh={"gamma": 0.0}, transition="smooth", gamma=1.0, warm_start_epochs=0)
+    for gamma in (1.0, 1 - 1e-9, 1e-60):  # as single precision has them: 1, 1, 0
+        with pytest.raises(InputError, match=f"gamma={gamma}"):
+            tiny.study(fresh={"gamma": 0.0}, transition="smooth", gamma=gamma, warm_start_epochs=0)
 
 
 # Found in review.

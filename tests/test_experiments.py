@@ -27,7 +27,8 @@ FIGURES = {
     "tuning_learning_rate": {"gap", "accuracy"},
     "online": {"online"},
 }
-TINY = dict(train_examples=100, batch_size=8, tuning_epochs=3, metric_epochs=1, seeds=3)
+# One width of the batches and, where it can be, one size of the network: the runs share their compiled programs.
+TINY = dict(train_examples=100, batch_size=8, tuning_epochs=3, metric_epochs=1, seeds=3, trials_per_device=2)
 TINIER = {
     "warm_start": dict(warm_start_epochs=(0, 2), width=8, depth=1),
     "smooth_transition": dict(gamma=(0.2, 0.8), width=8, depth=1),
@@ -176,6 +177,65 @@ def test_reset_gaps_stand_at_their_sets_of_modules():
     assert any(np.allclose(line.get_ydata(), -2.0) for line in panels[0].lines)
 
 
+def test_resets_of_no_group_have_a_panel_of_their_own():
+    table, setting = reset_table(["none", "1", "1+3", "2+5"])
+    canvas = arm_figures.reset_gaps(table, results.summary(table, setting), setting, {"first": ("1", "1-2")}, "title")
+    ticks = [[t.get_text() for t in axes.get_xticklabels()] for axes in draw(canvas)]
+    assert ticks == [["1"], ["1+3", "2+5"]]
+
+
+def test_resets_in_several_other_settings_are_figures_of_their_own():
+    """No arm stands for another: each optimiser's resets and its own fresh arm."""
+    swept = ("optimizer", "warm_start_epochs", "reset")
+    values = {(o, 0, None): [0.8 + 0.01 * s for s in range(8)] for o in ("adam", "sgd")}
+    gaps = {("adam", "none"): -0.04, ("adam", "6"): -0.03, ("sgd", "none"): -0.02, ("sgd", "6"): -0.01}
+    values |= {(o, 9, name): [0.8 + gap + 0.01 * s for s in range(8)] for (o, name), gap in gaps.items()}
+    table, setting = arms_table(values, swept, lambda key: (key[0], 0, None))
+    drawn = experiment("module_reset").draw(table, results.summary(table, setting), setting, "digits")
+    assert [name for name, _, _ in drawn] == ["reset", "speed", "reset_2", "speed_2"]
+    for optimizer, (_, caption, canvas), (_, _, speed) in zip(("adam", "sgd"), drawn[::2], drawn[1::2], strict=True):
+        panel = draw(canvas)[0]
+        assert f"optimizer={optimizer}" in panel.get_title(loc="left") and f"optimizer={optimizer}" in caption
+        assert np.allclose(panel.containers[0].lines[0].get_ydata(), 100 * gaps[optimizer, "6"])
+        assert any(np.allclose(line.get_ydata(), 100 * gaps[optimizer, "none"]) for line in panel.lines)
+        assert [t.get_text() for t in draw(speed)[0].get_xticklabels()] == ["fresh", "6", "nothing"]
+
+
+@pytest.mark.parametrize("name", ["capacity", "tuning_learning_rate", "warm_start"])
+@pytest.mark.parametrize("lengths", [(0, 200), (0, 50, 200), (0,)])
+def test_a_sweep_of_one_size_or_rate_is_drawn_against_the_pretraining_epochs(name, lengths):
+    values = {(length,): [0.8 - length / 1e4, 0.7, 0.75] for length in lengths}
+    table, setting = arms_table(values, ("warm_start_epochs",), lambda _: (0,))
+    for _, _, canvas in experiment(name).draw(table, results.summary(table, setting), setting, "digits"):
+        draw(canvas)
+
+
+def test_many_lines_stay_within_the_axes():
+    """Eight lines beside one another at each width."""
+    values = {
+        (width, depth, warm): [0.8 - 0.01 * depth, 0.7, 0.75 - 1e-4 * warm]
+        for width in (16, 32)
+        for depth in (1, 2, 3, 4)
+        for warm in (0, 350)
+    }
+    table, setting = arms_table(values, ("width", "depth", "warm_start_epochs"), lambda key: (*key[:2], 0))
+    for _, _, canvas in experiment("capacity").draw(table, results.summary(table, setting), setting, "cifar10"):
+        for axes in draw(canvas):
+            low, high = axes.get_xlim()
+            at = np.concatenate([container.lines[0].get_xdata() for container in axes.containers])
+            assert len(at) >= 8 and low < at.min() and at.max() < high
+
+
+def test_lines_of_several_lengths_can_be_told_apart():
+    values = {(width, warm): [0.8, 0.7, 0.75 - 1e-4 * warm] for width in (8, 16) for warm in (0, 2, 4)}
+    table, setting = arms_table(values, ("width", "warm_start_epochs"), lambda key: (key[0], 0))
+    (axes,) = draw(arm_figures.accuracy_against(table, setting, [arm_figures.Panel("width", "w")], "title"))
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_linestyle()) for line in (c.lines[0] for c in axes.containers)
+    }
+    assert len(looks) == len(axes.containers) == 3
+
+
 def speed_table():
     """Fresh: 99 % at epochs 3..10 of 10; reset 1: seed s at 4 + s, of which those above 10 never."""
     swept = ("warm_start_epochs", "reset")
@@ -197,6 +257,10 @@ def test_training_speed_is_the_first_epoch_at_that_accuracy_or_censored():
     assert fresh.epochs.tolist() == [3, 4, 5, 6, 7, 8, 9, 10] and fresh.reached.all()
     assert reset.epochs.tolist() == [6, 7, 8, 9, 10, 10, 10, 10]
     assert reset.reached.tolist() == [True] * 5 + [False] * 3
+    assert fresh.before.tolist() == [2, 3, 4, 5, 6, 7, 8, 9] and reset.before.tolist() == [5, 6, 7, 8, 9] + [10] * 3
+    coarse = results.epochs_to_accuracy(table[(table.epoch % 3 == 0) | (table.epoch == 10)], 0.99)
+    fresh = coarse[~coarse["arm"].str.contains("reset")]
+    assert fresh.epochs.tolist() == [3, 6, 6, 6, 9, 9, 9, 10] and fresh.before.tolist() == [0, 3, 3, 3, 6, 6, 6, 9]
     table.loc[table.trial == 0, "diverged"] = True
     assert 0 not in set(results.epochs_to_accuracy(table, 0.99).trial)
 
