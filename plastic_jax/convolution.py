@@ -30,9 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from plastic_jax import native
 from plastic_jax.errors import InputError
 
-FORMULATIONS = ("plain", "mended", "products")
+FORMULATIONS = ("plain", "mended", "products", "native")
 
 _CANONICAL = ("NHWC", "HWIO", "NHWC")
 _Pair = tuple[int, int]
@@ -53,8 +54,10 @@ def conv(name: str) -> Callable[..., Array]:
     """
     if name == "plain":
         return lax.conv_general_dilated
-    if name in ("mended", "products"):
-        return partial(mended_convolution, products=name == "products")
+    if name == "native":
+        native.require("cpu")
+    if name in FORMULATIONS:
+        return partial(mended_convolution, formulation=name)
     raise InputError(f"convolution is {name!r}; it must be one of {', '.join(FORMULATIONS)}.")
 
 
@@ -70,7 +73,7 @@ def mended_convolution(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
-    products: bool = False,
+    formulation: str = "mended",
 ) -> Array:
     """`lax.conv_general_dilated` for NHWC images, with gradients in XLA's fast CPU layout.
 
@@ -85,7 +88,7 @@ def mended_convolution(
       lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
       preferred_element_type: only the values of an ordinary NHWC/HWIO convolution.
       precision: as for `lax.conv_general_dilated`, used for the gradients too.
-      products: take matrix products where they pay.
+      formulation: `mended`; `products`, to take matrix products where they pay; or `native`, where it fits.
 
     Returns:
       [B, H', W', O] with H' = (H + low + high - h) // stride + 1.
@@ -112,7 +115,7 @@ def mended_convolution(
         padding = lax.padtype_to_pads(images_BHWC.shape[1:3], kernel_HWIO.shape[:2], strides, padding)
     images_BHWC, kernel_HWIO = _vary_alike(images_BHWC, kernel_HWIO)
     kernel_HWIO, pads = _without_unused_taps(images_BHWC, kernel_HWIO, strides, padding)
-    return _mended(images_BHWC, kernel_HWIO, strides, pads, precision, products)
+    return _mended(images_BHWC, kernel_HWIO, strides, pads, precision, formulation)
 
 
 def _direct(
@@ -121,9 +124,11 @@ def _direct(
     strides: tuple[int, ...],
     pads: tuple[_Pair, ...],
     precision: Any,
-    products: bool,
+    formulation: str,
 ) -> Array:
-    if products and _same(kernel_HWIO, strides, pads) and _banded_pays(images_BHWC):
+    if formulation == "native" and native.fits(images_BHWC, kernel_HWIO, strides, pads):
+        return _native_forward(images_BHWC, kernel_HWIO, strides, pads, precision)
+    if formulation == "products" and _same(kernel_HWIO, strides, pads) and _banded_pays(images_BHWC):
         return _sliced_banded(images_BHWC, kernel_HWIO, precision)
     return _canonical(images_BHWC, kernel_HWIO, pads, strides=strides, precision=precision)
 
@@ -137,10 +142,10 @@ def _forward(
     strides: tuple[int, ...],
     pads: tuple[_Pair, ...],
     precision: Any,
-    products: bool,
+    formulation: str,
 ) -> tuple[Array, tuple[Array, Array]]:
     # Not the custom_vjp itself: a gradient's own ingredients must be differentiable forwards.
-    out_BHWO = _direct(images_BHWC, kernel_HWIO, strides, pads, precision, products)
+    out_BHWO = _direct(images_BHWC, kernel_HWIO, strides, pads, precision, formulation)
     return out_BHWO, (images_BHWC, kernel_HWIO)
 
 
@@ -148,18 +153,20 @@ def _backward(
     strides: tuple[int, ...],
     pads: tuple[_Pair, ...],
     precision: Any,
-    products: bool,
+    formulation: str,
     saved: tuple[Array, Array],
     gradient_BHWO: Array,
 ) -> tuple[Array, Array]:
     images_BHWC, kernel_HWIO = saved
+    if formulation == "native" and native.fits(images_BHWC, kernel_HWIO, strides, pads):
+        return _native_backward(images_BHWC, kernel_HWIO, gradient_BHWO, strides, pads, precision)
     sizes, taps, outputs = images_BHWC.shape[1:3], kernel_HWIO.shape[:2], gradient_BHWO.shape[1:3]
     axes = tuple(zip(sizes, taps, outputs, strides, pads, strict=True))
 
     # dL/dx: the output's gradient, spread out by the stride, convolved with the kernel turned
     # round and with its two channel axes exchanged.
     turned_HWOI = kernel_HWIO[::-1, ::-1].transpose(0, 1, 3, 2)
-    if products and _same(kernel_HWIO, strides, pads) and _banded_pays(gradient_BHWO):
+    if formulation == "products" and _same(kernel_HWIO, strides, pads) and _banded_pays(gradient_BHWO):
         image_gradient_BHWC = _sliced_banded(gradient_BHWO, turned_HWOI, precision)
     else:
         image_gradient_BHWC = _canonical(
@@ -169,7 +176,7 @@ def _backward(
             image_dilation=strides,
             precision=precision,
         )
-    if products:
+    if formulation == "products":
         return image_gradient_BHWC, _sliced_kernel_gradient(
             images_BHWC, gradient_BHWO, kernel_HWIO, strides, pads, precision
         )
@@ -189,6 +196,51 @@ def _backward(
 
 
 _mended.defvjp(_forward, _backward)
+
+
+# XLA knows no derivatives of the native calls: differentiated once more, they are the mended ones.
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _native_forward(
+    images_BHWC: Array, kernel_HWIO: Array, strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any
+) -> Array:
+    count, *size, _ = images_BHWC.shape
+    out = [(side - 1) // strides[0] + 1 for side in size]  # an odd kernel, padded to keep the size at stride 1
+    shape = (count, *out, kernel_HWIO.shape[-1])
+    return native.call("forward", images_BHWC, kernel_HWIO, shape, strides[0], pads[0][0])
+
+
+@_native_forward.defjvp
+def _native_forward_jvp(
+    strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    return jax.jvp(lambda *operands: _direct(*operands, strides, pads, precision, "mended"), primals, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _native_backward(
+    images_BHWC: Array,
+    kernel_HWIO: Array,
+    gradient_BHWO: Array,
+    strides: tuple[int, ...],
+    pads: tuple[_Pair, ...],
+    precision: Any,
+) -> tuple[Array, Array]:
+    numbers = strides[0], pads[0][0]
+    return (
+        native.call("image_gradient", gradient_BHWO, kernel_HWIO, images_BHWC.shape, *numbers),
+        native.call("kernel_gradient", images_BHWC, gradient_BHWO, kernel_HWIO.shape, *numbers),
+    )
+
+
+@_native_backward.defjvp
+def _native_backward_jvp(
+    strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any, primals: Any, tangents: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return jax.jvp(
+        lambda images, kernel, gradient: _backward(strides, pads, precision, "mended", (images, kernel), gradient),
+        primals,
+        tangents,
+    )
 
 
 def _same(kernel_HWIO: Array, strides: Sequence[int], pads: Sequence[_Pair]) -> bool:
