@@ -58,8 +58,7 @@ def fits(images_BHWC: Array, kernel_HWIO: Array, strides: Any, pads: Any) -> boo
 def call(handler: str, first: Array, second: Array, shape: tuple[int, ...], stride: int, pad: int) -> Array:
     """One of `forward`, `image_gradient` and `kernel_gradient`: its result, of that shape."""
     require("cpu")
-    kind = jax.typeof(first).manual_axis_type  # inside a shard_map, both vary alike
-    result = jax.ShapeDtypeStruct(shape, first.dtype, manual_axis_type=kind)
+    result = jax.typeof(first).update(shape=shape, weak_type=False)  # inside a shard_map, both vary alike
     target = jax.ffi.ffi_call(f"plastic_jax_{handler}", result, vmap_method="sequential")
     return target(first, second, stride=stride, pad=pad)
 
@@ -73,7 +72,8 @@ def _reason() -> str:
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
         for name in _HANDLERS:
-            jax.ffi.register_ffi_target(f"plastic_jax_{name}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            handler = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(f"plastic_jax_{name}", handler, platform="cpu")
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {(error.stderr.strip() or 'without a word').splitlines()[-1]}"
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
@@ -88,7 +88,8 @@ def _compiled(compiler: str) -> Path:
     with contextlib.suppress(OSError):  # -march=native depends on them; a home folder may serve unlike machines
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
-    known = (run([compiler, "--version"]).stdout, cpu, platform.machine(), importlib.metadata.version("jaxlib"), *_FLAGS)
+    version = run([compiler, "--version"]).stdout
+    known = (version, cpu, platform.machine(), importlib.metadata.version("jaxlib"), *_FLAGS)
     key = hashlib.sha256("\n".join(known).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
     path = backend.cache() / "native" / f"{key}.so"
     if not path.exists():

@@ -1,16 +1,19 @@
 // Convolutions for narrow nets on one CPU core, called from compiled JAX programs by XLA's foreign function interface.
 //
-// Images are NHWC, kernels HWIO: so what a row of taps sees, a few pixels of C channels each, lies contiguous in memory,
-// and so does that row of the kernel. One loop over such a window, a pixel's value times a vector of outputs, is all
-// there is to a convolution. Its accumulators stay in registers. Everything is summed in an order that only the shapes set.
+// Images are NHWC and kernels HWIO, so what a row of taps sees, a few pixels of C channels each, lies contiguous in
+// memory, and so does that row of the kernel. A loop over such a window, a value of it times a vector of outputs, with
+// the sums of 16 vectors in registers, is all there is to a convolution. The shapes alone set the order of summation.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace ffi = xla::ffi;
 
@@ -18,16 +21,18 @@ namespace {
 
 using Int = std::int64_t;
 
-#if defined(__AVX512F__)  // 32 registers
-constexpr int kBytes = 64, kWide = 8;
-#elif defined(__ARM_NEON)
-constexpr int kBytes = 16, kWide = 8;
-#else  // 16 registers
-constexpr int kBytes = 32, kWide = 4;
+// kWide pixels of two vectors of outputs, or 2 x kWide of one, are summed in registers at a time.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kWide = 8;  // of 32 registers
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kWide = 4;  // of 16
+#else
+constexpr int kBytes = 16, kWide = 4;
 #endif
+constexpr int kHalf = kWide / 2;
 
 template <typename T>
-constexpr int kLanes = kBytes / sizeof(T);
+constexpr Int kLanes = kBytes / sizeof(T);
 
 template <typename T>
 struct Unaligned {
@@ -36,66 +41,87 @@ struct Unaligned {
 template <typename T>
 using Vector = typename Unaligned<T>::Vector;
 
+template <typename T>
+Vector<T>& At(const T* p) { return *reinterpret_cast<Vector<T>*>(const_cast<T*>(p)); }
+
 Int RoundUp(Int n, Int to) { return (n + to - 1) / to * to; }
 
-// Memory of the calling thread that outlives a call: fresh pages would cost as much as the convolution.
+// Memory that the thread keeps for its next call: fresh pages cost as much as a small convolution.
+enum Use { kImages, kGradient, kKernel, kUses };
+
 template <typename T>
-T* Scratch(int slot, Int count) {
+T* Scratch(Use use, Int count) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<void, Free> held[3];
-  thread_local Int sizes[3] = {};
-  Int bytes = RoundUp(count * sizeof(T), 4096);
-  if (bytes > sizes[slot]) {
-    held[slot].reset(std::aligned_alloc(4096, bytes));
-    sizes[slot] = bytes;
+  thread_local std::unique_ptr<void, Free> held[kUses];
+  thread_local Int sizes[kUses] = {};
+  const Int bytes = RoundUp(count * sizeof(T), 4096);
+  if (bytes > sizes[use]) {
+    held[use].reset(std::aligned_alloc(4096, bytes));
+    sizes[use] = bytes;
   }
-  return static_cast<T*>(held[slot].get());
+  return static_cast<T*>(held[use].get());
 }
 
-// ---- The loop: blocks of R rows x P pixels x N vectors of outputs ----
-
-// What is read, [rows][pixels], and what is written. Steps are in elements.
-struct Plane {
-  Int rows, cols;                     // of outputs
-  Int pixel_step, row_step, pitch;    // from an output to the next one, down, and from a tap's row to the next one
-  Int taps, window;                   // rows of taps, and values in one of them
-  Int out_pixel_step, out_row_step;
+struct Images {
+  Int count, height, width, channels;
+  Int size() const { return height * width * channels; }
 };
 
-template <typename T, int PixelStep, int R, int P, int N>
+// Images with a border of zeros, `low` pixels before and `high` behind, and room behind the last one for vectors that
+// stick out; without any of these they stay where they are. The border is written once and serves all images in turn.
+template <typename T>
+struct Bordered {
+  Bordered(const Images& in, Int low, Int high, Int group, Int room, Use use) : in(in), low(low) {
+    out = {group, in.height + low + high, in.width + low + high, in.channels};
+    if (low + high + room == 0) return;
+    data = Scratch<T>(use, group * out.size() + room);
+    std::memset(data, 0, (group * out.size() + room) * sizeof(T));
+  }
+  const T* Fill(const T* images, Int count) const {
+    if (!data) return images;
+    const Int row = in.width * in.channels;
+    for (Int n = 0; n < count * in.height; ++n, images += row) {
+      const Int image = n / in.height, h = n % in.height;
+      T* to = data + image * out.size() + ((h + low) * out.width + low) * in.channels;
+      std::memcpy(to, images, row * sizeof(T));
+    }
+    return data;
+  }
+  Images in, out;
+  Int low;
+  T* data = nullptr;
+};
+
+// What a loop runs over, in steps of elements: from a pixel to the next, right and down; from one row of taps to the
+// next, each a window of so many contiguous values.
+struct Plane {
+  Int rows, cols, step, row_step, taps, pitch, window, out_step, out_row_step;
+};
+
+// R x P outputs of N vectors each, of which only so many lanes are written.
+template <typename T, int Step, int R, int P, int N>
 inline void Block(const Plane& g, const T* x, const T* kernel, T* y, Int lanes) {
-  const Int step = PixelStep ? PixelStep : g.pixel_step;  // known beforehand: one address register for all pixels
+  const Int step = Step ? Step : g.step;  // known beforehand, one address register serves a row of pixels
   Vector<T> sum[R][P][N] = {};
   for (Int i = 0; i < g.taps; ++i, x += g.pitch) {
-    const T* at = x;
-#pragma GCC unroll 2
-    for (Int q = 0; q < g.window; ++q, ++at, kernel += N * kLanes<T>) {
-      Vector<T> k[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) k[n] = *reinterpret_cast<const Vector<T>*>(kernel + n * kLanes<T>);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-          const T value = at[r * g.row_step + p * step];
-#pragma GCC unroll 2
-          for (int n = 0; n < N; ++n) sum[r][p][n] += value * k[n];
+    for (Int q = 0; q < g.window; ++q, kernel += N * kLanes<T>) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int p = 0; p < P; ++p) {
+          const T value = x[q + r * g.row_step + p * step];
+          UNROLL for (int n = 0; n < N; ++n) sum[r][p][n] += value * At(kernel + n * kLanes<T>);
         }
       }
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) {
-        T* to = y + r * g.out_row_step + p * g.out_pixel_step + n * kLanes<T>;
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int p = 0; p < P; ++p) {
+      UNROLL for (int n = 0; n < N; ++n) {
+        T* to = y + r * g.out_row_step + p * g.out_step + n * kLanes<T>;
         const Int rest = lanes - n * kLanes<T>;
         if (rest >= kLanes<T>) {
-          *reinterpret_cast<Vector<T>*>(to) = sum[r][p][n];
+          At(to) = sum[r][p][n];
         } else {
           std::memcpy(to, &sum[r][p][n], rest * sizeof(T));
         }
@@ -104,308 +130,223 @@ inline void Block(const Plane& g, const T* x, const T* kernel, T* y, Int lanes) 
   }
 }
 
-// All outputs of a plane; the last blocks overlap their neighbours, which writes the same values twice.
-template <typename T, int PixelStep, int R, int P, int N>
+// All of a plane. The last blocks overlap their neighbours and write the same values twice.
+template <typename T, int Step, int R, int P, int N>
 void Blocks(const Plane& g, const T* x, const T* kernel, T* y, Int lanes) {
   for (Int row = 0; row < g.rows; row += R) {
-    const Int r = std::min(row, g.rows - R);
     for (Int col = 0; col < g.cols; col += P) {
-      const Int c = std::min(col, g.cols - P);
-      Block<T, PixelStep, R, P, N>(g, x + r * g.row_step + c * g.pixel_step, kernel,
-                                   y + r * g.out_row_step + c * g.out_pixel_step, lanes);
+      const Int r = std::min(row, g.rows - R), c = std::min(col, g.cols - P);
+      const T* from = x + r * g.row_step + c * g.step;
+      Block<T, Step, R, P, N>(g, from, kernel, y + r * g.out_row_step + c * g.out_step, lanes);
     }
   }
 }
 
-template <typename T, int PixelStep>
+template <typename T, int Step>
 void Outputs(const Plane& g, const T* x, const T* kernel, T* y, Int lanes) {
-  constexpr int kHalf = kWide / 2, kBoth = 2 * kLanes<T>;
-  for (; lanes > kLanes<T>; lanes -= kBoth, y += kBoth, kernel += kBoth * g.taps * g.window) {
-    if (g.cols >= kWide) {
-      Blocks<T, PixelStep, 1, kWide, 2>(g, x, kernel, y, lanes);
-    } else if (g.cols >= kHalf && g.rows >= 2) {
-      Blocks<T, PixelStep, 2, kHalf, 2>(g, x, kernel, y, lanes);
-    } else {
-      Blocks<T, PixelStep, 1, 1, 2>(g, x, kernel, y, lanes);
-    }
+  constexpr Int kTwo = 2 * kLanes<T>;
+  for (; lanes > kLanes<T>; lanes -= kTwo, y += kTwo, kernel += kTwo * g.taps * g.window) {
+    const auto run = g.cols >= kWide                  ? Blocks<T, Step, 1, kWide, 2>
+                     : g.cols >= kHalf && g.rows >= 2 ? Blocks<T, Step, 2, kHalf, 2>
+                                                      : Blocks<T, Step, 1, 1, 2>;
+    run(g, x, kernel, y, lanes);
   }
   if (lanes <= 0) return;
-  if (g.cols >= kWide && g.rows >= 2) {
-    Blocks<T, PixelStep, 2, kWide, 1>(g, x, kernel, y, lanes);
-  } else if (g.cols >= kHalf && g.rows >= 4) {
-    Blocks<T, PixelStep, 4, kHalf, 1>(g, x, kernel, y, lanes);
-  } else {
-    Blocks<T, PixelStep, 1, 1, 1>(g, x, kernel, y, lanes);
-  }
+  const auto run = g.cols >= kWide && g.rows >= 2   ? Blocks<T, Step, 2, kWide, 1>
+                   : g.cols >= kHalf && g.rows >= 4 ? Blocks<T, Step, 4, kHalf, 1>
+                                                    : Blocks<T, Step, 1, 1, 1>;
+  run(g, x, kernel, y, lanes);
 }
 
+// The usual widths, in float32, have loops of their own.
 template <typename T>
 void Run(const Plane& g, const T* x, const T* kernel, T* y, Int lanes) {
-  if constexpr (sizeof(T) == 4) {
-    switch (g.pixel_step) {
-      case 16: return Outputs<T, 16>(g, x, kernel, y, lanes);
-      case 32: return Outputs<T, 32>(g, x, kernel, y, lanes);
-      case 64: return Outputs<T, 64>(g, x, kernel, y, lanes);
-      case 128: return Outputs<T, 128>(g, x, kernel, y, lanes);
-    }
-  }
-  Outputs<T, 0>(g, x, kernel, y, lanes);
+  const Int step = sizeof(T) == sizeof(float) ? g.step : 0;
+  const auto run = step == 16    ? Outputs<T, sizeof(T) == 4 ? 16 : 0>
+                   : step == 32  ? Outputs<T, sizeof(T) == 4 ? 32 : 0>
+                   : step == 64  ? Outputs<T, sizeof(T) == 4 ? 64 : 0>
+                   : step == 128 ? Outputs<T, sizeof(T) == 4 ? 128 : 0>
+                                 : Outputs<T, 0>;
+  run(g, x, kernel, y, lanes);
 }
 
-// ---- Images, and the kernel in the order in which the loop reads it ----
-
-struct Images {
-  Int count, height, width, channels;
-  Int size() const { return height * width * channels; }
-};
-
-Images Shape(ffi::AnyBuffer buffer) {
-  auto d = buffer.dimensions();
-  return {d[0], d[1], d[2], d[3]};
-}
-
-// Images with a border of zeros, `low` pixels before and `high` behind, which is written only once, and some room behind
-// the last one. Without any of these they stay where they are.
+// Few outputs leave most of a vector's lanes empty. Then two neighbouring pixels share it, although the window must be
+// as wide as to serve both.
 template <typename T>
-class Bordered {
- public:
-  Bordered(const Images& in, Int low, Int high, Int group, Int room = 0) : in_(in), low_(low) {
-    out = {group, in.height + low + high, in.width + low + high, in.channels};
-    if (low + high + room == 0) return;
-    data_ = Scratch<T>(0, group * out.size() + room);
-    std::memset(data_, 0, (group * out.size() + room) * sizeof(T));
-  }
-  const T* Fill(const T* images, Int count) {
-    if (!data_) return images;
-    const Int row = in_.width * in_.channels;
-    for (Int n = 0; n < count; ++n) {
-      for (Int h = 0; h < in_.height; ++h) {
-        T* to = data_ + n * out.size() + ((h + low_) * out.width + low_) * in_.channels;
-        std::memcpy(to, images + n * in_.size() + h * row, row * sizeof(T));
-      }
-    }
-    return data_;
-  }
-  Images out;
+Int Sharing(Int outputs, Int cols) { return 2 * outputs <= kLanes<T> && cols % 2 == 0 ? 2 : 1; }
 
- private:
-  Images in_;
-  Int low_;
-  T* data_ = nullptr;
-};
-
-// A convolution of bordered images with part of a kernel, to part of the output's pixels.
-struct Part {
-  Int rows, columns;        // of taps
-  Int out_row, out_column;  // of the first output pixel
-  Int out_stride;
-};
-
-// Few outputs leave most of a vector's lanes empty. Then two neighbouring pixels share it, although each must step over
-// the other's taps.
+// A convolution of bordered images with `rows` x `columns` taps, to every `apart`-th pixel of the output.
 template <typename T>
-bool Paired(Int outputs, Int cols) {
-  return 2 * outputs <= kLanes<T> && cols % 2 == 0;
-}
-
-template <typename T>
-class Convolution {
- public:
-  // at(i, j, c, o): the part's own kernel.
+struct Convolution {
+  // at(i, j, c, o): the kernel; free: where to keep it, in the order in which it is read. It is moved on.
   template <typename Kernel>
-  Convolution(const Images& from, const Images& to, Int stride, const Part& part, Kernel at, T*& free)
-      : kernel_(free), start_((part.out_row * to.width + part.out_column) * to.channels) {
-    const Int c = from.channels, o = to.channels, rows = (to.height - part.out_row + part.out_stride - 1) / part.out_stride;
-    const Int cols = (to.width - part.out_column + part.out_stride - 1) / part.out_stride;
-    const Int pair = part.out_stride == 1 && Paired<T>(o, cols) ? 2 : 1;
-    const Int columns = part.columns + (pair - 1) * stride, pitch = from.width * c;
-    lanes_ = pair * o;
-    plane_ = {rows, cols / pair, pair * stride * c, stride * pitch, pitch, part.rows, columns * c,
-              part.out_stride * lanes_, part.out_stride * to.width * o};
-    for (Int first = 0; first < lanes_; first += 2 * kLanes<T>) {
-      const Int width = lanes_ - first > kLanes<T> ? 2 * kLanes<T> : kLanes<T>;
-      for (Int i = 0; i < part.rows; ++i) {
-        for (Int j = 0; j < columns; ++j) {
-          for (Int k = 0; k < c; ++k, free += width) {
-            std::fill(free, free + width, T(0));
-            for (Int half = 0; half < pair; ++half) {
-              const Int own = j - half * stride;
-              if (own < 0 || own >= part.columns) continue;
-              for (Int n = 0; n < std::min(o - first, width); ++n) free[half * o + n] = at(i, own, k, first + n);
-            }
+  Convolution(const Images& x, const Images& y, Int stride, Int rows, Int columns, Int row, Int column, Int apart,
+              Kernel at, T*& free)
+      : kernel(free), start((row * y.width + column) * y.channels) {
+    const Int c = x.channels, o = y.channels, pitch = x.width * c, cols = (y.width - column + apart - 1) / apart;
+    const Int sharing = apart == 1 ? Sharing<T>(o, cols) : 1, wide = columns + (sharing - 1) * stride;
+    lanes = sharing * o;
+    plane = {(y.height - row + apart - 1) / apart, cols / sharing, sharing * stride * c, stride * pitch, rows, pitch,
+             wide * c, apart * lanes, apart * y.width * o};
+    for (Int first = 0, width; first < lanes; first += width) {
+      width = lanes - first > kLanes<T> ? 2 * kLanes<T> : kLanes<T>;
+      for (Int tap = 0; tap < rows * wide; ++tap) {
+        for (Int k = 0; k < c; ++k, free += width) {
+          std::fill(free, free + width, T(0));
+          for (Int own = tap % wide, s = 0; s < sharing && own >= 0; ++s, own -= stride) {
+            if (own >= columns) continue;
+            for (Int n = 0; n < std::min(o - first, width); ++n) free[s * o + n] = at(tap / wide, own, k, first + n);
           }
         }
       }
     }
   }
-  void operator()(const T* x, T* y) const { Run<T>(plane_, x, kernel_, y + start_, lanes_); }
-
-  static T* Room(const Images& from, const Images& to, Int taps, Int stride) {
-    return Scratch<T>(1, taps * (taps + stride) * from.channels * RoundUp(to.channels, kLanes<T>));
+  static T* Room(const Images& x, const Images& y, Int taps, Int stride) {
+    return Scratch<T>(kKernel, taps * (taps + stride) * x.channels * RoundUp(y.channels, kLanes<T>));
   }
-
- private:
-  const T* kernel_;
-  Int start_, lanes_;
-  Plane plane_;
+  void operator()(const T* x, T* y) const { Run<T>(plane, x, kernel, y + start, lanes); }
+  const T* kernel;
+  Int start, lanes;
+  Plane plane;
 };
 
 template <typename T>
-void Forward(const Images& x, const Images& y, Int taps, Int stride, Int pad, const T* images, const T* kernel, T* out) {
-  const Int c = x.channels, o = y.channels;
-  Bordered<T> bordered(x, pad, pad, 1);
+void Forward(const Images& x, const Images& y, Int taps, Int stride, Int pad, const T* images, const T* kernel,
+             T* out) {
+  const Bordered<T> bordered(x, pad, pad, 1, 0, kImages);
   T* room = Convolution<T>::Room(x, y, taps, stride);
-  Convolution<T> run(bordered.out, y, stride, {taps, taps, 0, 0, 1},
-                     [=](Int i, Int j, Int k, Int l) { return kernel[((i * taps + j) * c + k) * o + l]; }, room);
+  const auto at = [&](Int i, Int j, Int c, Int o) {
+    return kernel[((i * taps + j) * x.channels + c) * y.channels + o];
+  };
+  const Convolution<T> run(bordered.out, y, stride, taps, taps, 0, 0, 1, at, room);
   for (Int n = 0; n < x.count; ++n) run(bordered.Fill(images + n * x.size(), 1), out + n * y.size());
 }
 
-// x[s a + b] gets, from each tap i with (b + pad - i) divisible by the stride s, gradient[a + (b + pad - i) / s]: so
-// the pixels with equal b are a convolution of their own, with every s-th tap, turned round.
+// Pixel stride * a + b gets gradient[a + (b + pad - i) / stride] from every tap i for which that is a whole number. So
+// the pixels with equal b are a convolution of the gradient, with every stride-th tap, turned round: no zeros between.
 template <typename T>
 void ImageGradient(const Images& x, const Images& y, Int taps, Int stride, Int pad, const T* gradient, const T* kernel,
                    T* out) {
-  const Int c = x.channels, o = y.channels;
-  Bordered<T> bordered(y, stride == 1 ? taps - 1 - pad : 0, taps - 1 - pad, 1);
+  const Int behind = taps - 1 - pad;
+  const Bordered<T> bordered(y, stride == 1 ? behind : 0, behind, 1, 0, kImages);
   T* room = Convolution<T>::Room(y, x, taps, stride);
   std::vector<Convolution<T>> parts;
-  // The tap that such a pixel's window begins with, and how many there are.
-  const auto last = [=](Int b) { return stride == 1 ? taps - 1 : b + pad; };
-  const auto count = [=](Int b) { return last(b) / stride + 1; };
-  for (Int b = 0; b < std::min(stride, x.height); ++b) {
-    for (Int d = 0; d < std::min(stride, x.width); ++d) {
-      if (last(b) >= taps || last(d) >= taps) continue;  // a 1x1 kernel does not see these
+  for (Int b = 0; b < stride; ++b) {
+    for (Int d = 0; d < stride; ++d) {
+      const Int last = stride == 1 ? behind + pad : b + pad, last_column = stride == 1 ? last : d + pad;
+      if (last >= taps || last_column >= taps || b >= x.height || d >= x.width) continue;
       const auto at = [=](Int i, Int j, Int k, Int l) {
-        return kernel[(((last(b) - i * stride) * taps + last(d) - j * stride) * c + l) * o + k];
+        return kernel[(((last - i * stride) * taps + last_column - j * stride) * x.channels + l) * y.channels + k];
       };
-      parts.emplace_back(bordered.out, x, 1, Part{count(b), count(d), b, d, stride}, at, room);
+      parts.emplace_back(bordered.out, x, 1, last / stride + 1, last_column / stride + 1, b, d, stride, at, room);
     }
   }
-  if (static_cast<Int>(parts.size()) < std::min(stride, x.height) * std::min(stride, x.width)) {
-    std::memset(out, 0, x.count * x.size() * sizeof(T));
-  }
+  if (taps < stride) std::memset(out, 0, x.count * x.size() * sizeof(T));  // pixels that the kernel does not see
   for (Int n = 0; n < x.count; ++n) {
     const T* from = bordered.Fill(gradient + n * y.size(), 1);
     for (const auto& part : parts) part(from, out + n * x.size());
   }
 }
 
-// ---- The gradient of the kernel ----
-
-// Adds to sums[Q][lanes] what Q values of the window and N vectors of the gradient give, over `images` x `rows` x `cols`.
+// Adds Q values of the window times N vectors of the gradient, summed over the images' planes, to sums[Q][lanes].
 template <typename T, int Q, int N>
-void Correlate(const Plane& g, Int images, Int image_step, Int out_image_step, const T* x, const T* gradient, T* sums,
+void Correlate(const Plane& g, const Images& x, const Images& y, const T* image, const T* gradient, T* sums,
                Int lanes) {
   Vector<T> sum[Q][N] = {};
-  for (Int image = 0; image < images; ++image) {
+  for (Int n = 0; n < x.count; ++n, image += x.size(), gradient += y.size()) {
     for (Int row = 0; row < g.rows; ++row) {
-      const T* at = x + image * image_step + row * g.row_step;
-      const T* from = gradient + image * out_image_step + row * g.out_row_step;
-      for (Int col = 0; col < g.cols; ++col, at += g.pixel_step, from += g.out_pixel_step) {
-        Vector<T> v[N];
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) v[n] = *reinterpret_cast<const Vector<T>*>(from + n * kLanes<T>);
-#pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) {
-#pragma GCC unroll 2
-          for (int n = 0; n < N; ++n) sum[q][n] += at[q] * v[n];
+      const T *at = image + row * g.row_step, *from = gradient + row * g.out_row_step;
+      for (Int col = 0; col < g.cols; ++col, at += g.step, from += g.out_step) {
+        UNROLL for (int q = 0; q < Q; ++q) {
+          UNROLL for (int v = 0; v < N; ++v) sum[q][v] += at[q] * At(from + v * kLanes<T>);
         }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int q = 0; q < Q; ++q) {
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) *reinterpret_cast<Vector<T>*>(sums + q * lanes + n * kLanes<T>) += sum[q][n];
+  UNROLL for (int q = 0; q < Q; ++q) {
+    UNROLL for (int v = 0; v < N; ++v) At(sums + q * lanes + v * kLanes<T>) += sum[q][v];
   }
 }
 
 template <typename T>
 void KernelGradient(const Images& x, const Images& y, Int taps, Int stride, Int pad, const T* images, const T* gradient,
                     T* out) {
-  constexpr Int kPixels = 64, kAtMost = 256;  // summed in registers: enough to pay for the loop, few enough for the L1 cache
+  constexpr Int kLeast = 64, kMost = 256;  // pixels a loop: enough to pay for its ends, few enough for the L1 cache
   constexpr int kQ = 2 * kWide;
-  const Int c = x.channels, o = y.channels, pair = Paired<T>(o, y.width) ? 2 : 1, cols = y.width / pair;
-  const Int columns = taps + (pair - 1) * stride, used = pair * o, lanes = RoundUp(used, kLanes<T>);
-  const Int group = std::min(x.count, std::max<Int>(1, kPixels / (y.height * cols)));
-  const Int rows = std::max<Int>(1, kAtMost / (group * cols)), window = RoundUp(columns * c, kQ);
-  Bordered<T> bordered(x, pad, pad, group, window - columns * c);
+  const Int c = x.channels, o = y.channels, sharing = Sharing<T>(o, y.width), cols = y.width / sharing;
+  const Int values = (taps + (sharing - 1) * stride) * c, window = RoundUp(values, kQ);
+  const Int used = sharing * o, lanes = RoundUp(used, kLanes<T>);
+  const Int group = std::min(x.count, std::max<Int>(1, kLeast / (y.height * cols)));
+  const Int rows = std::max<Int>(1, kMost / (group * cols));
+  // What the vectors find where they stick out of the window, or of the outputs, is not used.
+  const Bordered<T> bordered(x, pad, pad, group, window - values, kImages);
+  const Bordered<T> flat(y, 0, 0, group, lanes - used, kGradient);
   const Int pitch = bordered.out.width * c;
-  // Vectors that stick out of the array are read from a copy with room behind it.
-  const bool copy_gradient = used != lanes;
-  T* gradient_copy = copy_gradient ? Scratch<T>(1, group * y.size() + lanes) : nullptr;
-  if (copy_gradient) std::memset(gradient_copy, 0, (group * y.size() + lanes) * sizeof(T));
-  T* sums = Scratch<T>(2, taps * window * lanes);
+  T* sums = Scratch<T>(kKernel, taps * window * lanes);
   std::memset(sums, 0, taps * window * lanes * sizeof(T));
   for (Int first = 0; first < x.count; first += group) {
-    const Int count = std::min(group, x.count - first);
-    const T* from = bordered.Fill(images + first * x.size(), count);
-    const T* to = gradient + first * y.size();
-    if (copy_gradient) to = static_cast<T*>(std::memcpy(gradient_copy, to, count * y.size() * sizeof(T)));
+    Images some = bordered.out;
+    some.count = std::min(group, x.count - first);
+    const T* from = bordered.Fill(images + first * x.size(), some.count);
+    const T* to = flat.Fill(gradient + first * y.size(), some.count);
     for (Int row = 0; row < y.height; row += rows) {
-      const Plane g{std::min(rows, y.height - row), cols, pair * stride * c, stride * pitch, pitch, taps, window, used, y.width * o};
+      const Int step = sharing * stride * c, some_rows = std::min(rows, y.height - row);
+      const Plane g{some_rows, cols, step, stride * pitch, taps, pitch, window, used, y.width * o};
       for (Int i = 0; i < taps; ++i) {
-        const T* at = from + row * g.row_step + i * pitch;
-        const T* of = to + row * g.out_row_step;
+        const T *at = from + row * g.row_step + i * pitch, *of = to + row * g.out_row_step;
         T* into = sums + i * window * lanes;
         Int l = 0;
         for (; l + kLanes<T> < lanes; l += 2 * kLanes<T>) {
-          for (Int q = 0; q < columns * c; q += kWide) {
-            Correlate<T, kWide, 2>(g, count, bordered.out.size(), y.size(), at + q, of + l, into + q * lanes + l, lanes);
+          for (Int q = 0; q < values; q += kWide) {
+            Correlate<T, kWide, 2>(g, some, y, at + q, of + l, into + q * lanes + l, lanes);
           }
         }
-        for (Int q = 0; l < lanes && q < columns * c; q += kQ) {
-          Correlate<T, kQ, 1>(g, count, bordered.out.size(), y.size(), at + q, of + l, into + q * lanes + l, lanes);
+        for (Int q = 0; l < lanes && q < values; q += kQ) {
+          Correlate<T, kQ, 1>(g, some, y, at + q, of + l, into + q * lanes + l, lanes);
         }
       }
     }
   }
-  for (Int i = 0; i < taps; ++i) {
-    for (Int q = 0; q < taps * c; ++q) {
-      const T* one = sums + (i * window + q) * lanes;
-      for (Int l = 0; l < o; ++l) {
-        out[(i * taps * c + q) * o + l] = one[l] + (pair == 2 ? one[stride * c * lanes + o + l] : T(0));
-      }
-    }
+  for (Int n = 0; n < taps * taps * c; ++n, out += o) {
+    const T* one = sums + (n / (taps * c) * window + n % (taps * c)) * lanes;
+    for (Int l = 0; l < o; ++l) out[l] = sharing == 1 ? one[l] : one[l] + one[stride * c * lanes + o + l];
   }
 }
 
 enum Operation { kForward, kImageGradient, kKernelGradient };
 
-template <typename T>
-void Compute(Operation operation, const Images& x, const Images& y, Int taps, Int stride, Int pad, ffi::AnyBuffer a,
-             ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> result) {
-  const T *first = static_cast<const T*>(a.untyped_data()), *second = static_cast<const T*>(b.untyped_data());
-  T* out = static_cast<T*>(result->untyped_data());
-  switch (operation) {
-    case kForward: return Forward<T>(x, y, taps, stride, pad, first, second, out);
-    case kImageGradient: return ImageGradient<T>(x, y, taps, stride, pad, first, second, out);
-    case kKernelGradient: return KernelGradient<T>(x, y, taps, stride, pad, first, second, out);
-  }
+template <typename T, Operation operation>
+ffi::Error Compute(ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> result, Int stride, Int pad) {
+  const auto shape = [](ffi::AnyBuffer buffer) {
+    const auto sizes = buffer.dimensions();
+    return Images{sizes[0], sizes[1], sizes[2], sizes[3]};
+  };
+  const Images x = shape(operation == kImageGradient ? *result : a);
+  const Images y = shape(operation == kForward ? *result : operation == kImageGradient ? a : b);
+  const Int taps = (operation == kKernelGradient ? *result : b).dimensions()[0];
+  const auto run = operation == kForward         ? Forward<T>
+                   : operation == kImageGradient ? ImageGradient<T>
+                                                 : KernelGradient<T>;
+  run(x, y, taps, stride, pad, static_cast<const T*>(a.untyped_data()), static_cast<const T*>(b.untyped_data()),
+      static_cast<T*>(result->untyped_data()));
+  return ffi::Error::Success();
 }
 
 template <Operation operation>
-ffi::Error Call(ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> out, Int stride, Int pad) {
-  const Images x = Shape(operation == kImageGradient ? *out : a);
-  const Images y = Shape(operation == kForward ? *out : operation == kImageGradient ? a : b);
-  const Int taps = (operation == kKernelGradient ? *out : b).dimensions()[0];
-  if (a.element_type() == ffi::DataType::F32) {
-    Compute<float>(operation, x, y, taps, stride, pad, a, b, out);
-  } else if (a.element_type() == ffi::DataType::F64) {
-    Compute<double>(operation, x, y, taps, stride, pad, a, b, out);
-  } else {
-    return ffi::Error::InvalidArgument("the native convolution takes float32 and float64.");
-  }
-  return ffi::Error::Success();
+ffi::Error Call(ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> result, Int stride, Int pad) {
+  if (a.element_type() == ffi::DataType::F32) return Compute<float, operation>(a, b, result, stride, pad);
+  if (a.element_type() == ffi::DataType::F64) return Compute<double, operation>(a, b, result, stride, pad);
+  return ffi::Error::InvalidArgument("the native convolution takes float32 and float64.");
+}
+
+auto Binding() {
+  auto operands = ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>();
+  return std::move(operands).Attr<Int>("stride").Attr<Int>("pad");
 }
 
 }  // namespace
 
 // (images, kernel) -> output; (output's gradient, kernel) -> images' gradient; (images, output's gradient) -> kernel's.
-#define HANDLER(name, operation)                                                                              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, Call<operation>,                                                        \
-                                ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()                  \
-                                    .Ret<ffi::AnyBuffer>().Attr<Int>("stride").Attr<Int>("pad"))
-HANDLER(forward, kForward);
-HANDLER(image_gradient, kImageGradient);
-HANDLER(kernel_gradient, kKernelGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(forward, Call<kForward>, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(image_gradient, Call<kImageGradient>, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kernel_gradient, Call<kKernelGradient>, Binding());
