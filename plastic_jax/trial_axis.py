@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from plastic_jax import native
 from plastic_jax.config import Sweep
 from plastic_jax.costs import Costs
 
@@ -31,7 +32,7 @@ class Formulation:
     """
 
     trial_axis: str  # vmap | map | unroll
-    convolution: str  # plain | mended | products
+    convolution: str  # plain | mended | products | native
     slots: int
     block: int = 0
 
@@ -58,18 +59,26 @@ class Candidate:
 def candidates(sweep: Sweep, model: str, backend: str) -> tuple[Candidate, ...]:
     """What there is to choose from, the one that is taken unmeasured first; what the user has set is kept to.
 
-    On a CPU trials go one after another, and convolutions have gradients for its loops. Elsewhere nothing
-    has been measured yet: MLPs are batched, convolutional nets run one after another with XLA's own convolution.
+    On a CPU trials go one after another, and convolutions are compiled by the machine's C++ compiler, or have gradients
+    for XLA's loops where there is none. Elsewhere nothing has been measured yet: MLPs are batched, convolutional nets
+    run one after another with XLA's own convolution.
+
+    Raises:
+      InputError: where native convolutions are asked for, and cannot be had.
     """
     cpu, mlp = backend == "cpu", model == "mlp"
     if cpu:
         axes = [("map", 1), ("vmap", 8)] if mlp else [("map", 1)]
         convolutions = ["plain"] if mlp else ["products", "mended"]
+        if sweep.convolution == "auto" and not mlp and native.available():
+            convolutions = ["native", *convolutions]
     else:
         axes = [("vmap", 8), ("vmap", 32), ("map", 1)] if mlp else [("map", 1), ("unroll", 4), ("vmap", 8)]
         convolutions = ["plain"] if mlp else ["plain", "products"]
     if sweep.trial_axis != "auto":
         axes = [a for a in axes if a[0] == sweep.trial_axis] or [(sweep.trial_axis, BLOCKS[sweep.trial_axis])]
+    if sweep.convolution == "native" and not mlp:
+        native.require(backend)
     if sweep.convolution != "auto":
         convolutions = [sweep.convolution]
     return tuple(Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions)

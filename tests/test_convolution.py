@@ -1,5 +1,6 @@
-"""The mended convolution and the products equal the plain one, and compile to what XLA's CPU backend runs fast."""
+"""The other convolutions equal the plain one, and compile to what XLA's CPU backend runs fast."""
 
+import itertools
 import re
 from collections import Counter
 from functools import partial
@@ -12,9 +13,11 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from plastic_jax import models
+from plastic_jax import models, native
+from plastic_jax.config import Sweep
 from plastic_jax.convolution import FORMULATIONS, conv
 from plastic_jax.errors import InputError
+from plastic_jax.trial_axis import candidates
 
 TRIALS, BATCH, INPUTS, OUTPUTS = 2, 3, 3, 5
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
@@ -23,6 +26,7 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # (taps, padding, stride): all that a ResNet has.
 KINDS = [(3, 1, 1), (3, 1, 2), (1, 0, 1), (1, 0, 2)]
 CANONICAL = "b01f_01io->b01f"
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 
 
 def operands(kind, size, dtype, trials=TRIALS):
@@ -131,6 +135,92 @@ def test_kernel_gradients_of_products_are_rounded_to_bfloat16_once(kind):
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-5 * np.abs(exact).max())
 
 
+# Sizes that whole blocks of pixels cover, and others; channels that fill vectors, share them, and neither.
+NATIVE_SIZES = [(8, 8), (4, 4), (32, 32), (9, 7), (5, 3), (2, 2), (1, 1), (16, 12), (6, 17)]
+NATIVE_CHANNELS = [(3, 8), (8, 8), (5, 10), (1, 3), (16, 16), (24, 48), (8, 16), (64, 32), (33, 5), (32, 64), (10, 24)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_equals_plain(kind, dtype):
+    taps, pad, stride = kind
+    draw = np.random.default_rng(0)
+    pads = ((pad, pad), (pad, pad))
+    # Sizes, channels and batches in other combinations for each kind.
+    turn = KINDS.index(kind)
+    sizes = itertools.islice(itertools.cycle(NATIVE_SIZES), turn, turn + len(NATIVE_CHANNELS))
+    with jax.enable_x64(True):
+        for n, (size, (channels, outputs)) in enumerate(zip(sizes, NATIVE_CHANNELS, strict=True)):
+            images = draw.normal(size=((1, 2, 5)[n % 3], *size, channels)).astype(dtype)
+            kernel = draw.normal(size=(taps, taps, channels, outputs)).astype(dtype)
+            plain = partial(lax.conv_general_dilated, dimension_numbers=NHWC)
+            out = jax.eval_shape(lambda x, w: plain(x, w, (stride, stride), pads), images, kernel)  # noqa: B023
+            gradient = draw.normal(size=out.shape).astype(dtype)
+            operands = [jnp.asarray(a) for a in (images, kernel, gradient)]
+            text = str(jax.make_jaxpr(with_gradients("native", kind))(*operands))
+            if min(size) > 2:  # else taps that see only padding are cut off, which leaves other convolutions
+                assert text.count("ffi_call[") == 3 and "conv_general_dilated" not in text
+            actual = with_gradients("native", kind)(*operands)
+            expected = quick_jit(with_gradients("plain", kind))(*(a.astype(jnp.float64) for a in operands))
+            assert [a.dtype for a in actual] == [dtype] * 3
+            wide = [a.astype(jnp.float64) for a in actual]
+            assert_close(wide, expected, 3e-6 if dtype == "float32" else 1e-14)
+
+
+@needs_compiler
+def test_native_reads_nothing_but_its_operands_and_repeats_itself_to_the_bit():
+    """Vectors stick out of arrays and borders; what they find there must not count."""
+    kind, odd = (3, 1, 1), (jnp.full((1, 9, 9, 64), jnp.nan), jnp.ones((3, 3, 64, 5)), jnp.ones((1, 9, 9, 5)))
+    stacked = [a[0] for a in operands(kind, (7, 8), jnp.float32)]
+    function = with_gradients("native", kind)
+    first = function(*stacked)
+    function(*odd)  # leaves NaN in the memory that calls share
+    for a, b in zip(first, function(*stacked), strict=True):
+        assert np.isfinite(a).all() and (np.asarray(a) == np.asarray(b)).all()
+
+
+@needs_compiler
+def test_native_falls_back_and_drops_what_is_not_used():
+    images, kernel, gradient = (a[0] for a in operands((3, 1, 1), (7, 8), jnp.float32))
+    low = [a.astype(jnp.bfloat16) for a in (images, kernel, gradient)]
+    assert "ffi_call" not in str(jax.make_jaxpr(with_gradients("native", (3, 1, 1)))(*low))
+    kernel_gradient = jax.jit(lambda *arrays: with_gradients("native", (3, 1, 1))(*arrays)[2])
+    text = kernel_gradient.lower(images, kernel, gradient).compile().as_text()
+    assert re.findall(r'custom_call_target="(\w+)"', text) == ["plastic_jax_kernel_gradient"]
+
+
+def test_native_is_refused_where_there_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native._reason.cache_clear()
+    try:
+        assert not native.available()
+        with pytest.raises(InputError, match=r"convolution is 'native'.* there is none"):
+            conv("native")
+        auto, asked = (Sweep.of({"model": "resnet", "convolution": name}) for name in ("auto", "native"))
+        assert [c.convolution for c in candidates(auto, "resnet", "cpu")] == ["products", "mended"]
+        with pytest.raises(InputError, match="convolution is 'native'"):
+            candidates(asked, "resnet", "cpu")
+    finally:
+        native._reason.cache_clear()
+    with pytest.raises(InputError, match="programs for gpu"):
+        candidates(asked, "resnet", "gpu")
+
+
+def test_native_says_what_the_compiler_said(monkeypatch, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    native._reason.cache_clear()
+    try:
+        with pytest.raises(InputError, match="broken failed: no space left"):
+            conv("native")
+    finally:
+        native._reason.cache_clear()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_equals_plain_in_low_precision(kind, dtype, tolerance):
@@ -139,11 +229,12 @@ def test_equals_plain_in_low_precision(kind, dtype, tolerance):
     assert_close(mended(*stacked), plain(*stacked), tolerance)
 
 
+@pytest.mark.parametrize("name", ["mended", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize("kind", [(3, 1, 2), (1, 0, 2)])
-def test_equals_plain_inside_map_scan_and_shard_map(kind):
+def test_equals_plain_inside_map_scan_vmap_and_shard_map(kind, name):
     devices = len(jax.devices())
     stacked = operands(kind, (7, 8), jnp.float32, trials=devices)
-    function = with_gradients("mended", kind)
+    function = with_gradients(name, kind)
     expected = quick_jit(jax.vmap(with_gradients("plain", kind)))(*stacked)
     mesh = jax.make_mesh((devices,), ("trials",), axis_types=(AxisType.Auto,))
 
@@ -153,7 +244,7 @@ def test_equals_plain_inside_map_scan_and_shard_map(kind):
     def scanned(*args):
         return lax.scan(lambda carry, xs: (carry, function(*xs)), (), args)[1]
 
-    for transform in (mapped, scanned):
+    for transform in (mapped, scanned, jax.vmap(function)):
         assert_close(quick_jit(transform)(*stacked), expected, 1e-6)
         sharded = jax.shard_map(transform, mesh=mesh, in_specs=P("trials"), out_specs=P("trials"))
         assert_close(quick_jit(sharded)(*stacked), expected, 1e-6)
@@ -196,7 +287,8 @@ def test_hessian_vector_product_equals_plain():
             reverse_over_reverse = jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), direction))
             return forward_over_reverse, reverse_over_reverse(kernel)
 
-        both = quick_jit(lambda *args: [product(name, *args) for name in FORMULATIONS])
+        here = [name for name in FORMULATIONS if name != "native" or native.available()]
+        both = quick_jit(lambda *args: [product(name, *args) for name in here])
         plain, *others = both(images[0], kernels[0], kernels[1])
         for other in others:
             assert_close(other, plain, 1e-12)
@@ -309,6 +401,6 @@ def test_refuses_other_convolutions(options):
 
 
 def test_unknown_name_is_refused():
-    assert all(callable(conv(name)) for name in FORMULATIONS)
+    assert all(callable(conv(name)) for name in FORMULATIONS if name != "native")
     with pytest.raises(InputError, match=r"'fast'.*plain, mended"):
         conv("fast")
