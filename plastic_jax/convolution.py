@@ -217,7 +217,9 @@ def _native_forward(
 def _native_forward_jvp(
     strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-    return jax.jvp(lambda *operands: _direct(*operands, strides, pads, precision, "mended"), primals, tangents)
+    return jax.jvp(
+        lambda images, kernel: _direct(images, kernel, strides, pads, precision, "mended"), primals, tangents
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
