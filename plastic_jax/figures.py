@@ -322,7 +322,8 @@ def gap_curve(
         axes[0].set_title(title_of(title, pairs, "paired seed", 62 if panels == 1 else 52))
         if panels == 2:
             axes[1].set_title("against a fresh network\nafter as many updates")
-        columns = min(len(handles), 4 * panels) or 1
+        longest_label = max((len(str(handle.get_label())) for handle in handles), default=0)
+        columns = max(1, min(len(handles), 4 * panels, 110 * panels // (longest_label + 8)))
         canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
     return canvas
 

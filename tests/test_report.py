@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import itertools
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic import learning_curves, pair_table, rows, two_arms
 
 from plastic_jax import figures, report, results
@@ -216,6 +218,24 @@ def test_gap_curve_of_many_lines_has_a_panel_for_equal_updates(sweep):
     np.testing.assert_allclose(np.concatenate(crosses), [100 * expected])
     labels = [text.get_text() for text in canvas.legends[0].get_texts()]
     assert labels == ["adam", "rmsprop", "sgd", "no verdict"]
+
+
+def test_a_legend_of_long_names_lies_within_the_figure():
+    arms = []
+    for schedule, noise, epochs in itertools.product(("constant", "cosine"), (0.0, 0.2), (0, 100)):
+        name = f"schedule={schedule}, label_noise={noise}, warm_start_epochs={epochs}"
+        arms.append({"arm": name, "schedule": schedule, "label_noise": noise, "warm_start_epochs": epochs})
+    fresh = {arm["arm"]: arms[k - k % 2]["arm"] for k, arm in enumerate(arms)}
+    setting = Setting(("schedule", "label_noise", "warm_start_epochs"), tuple(arms), fresh, 1, False)
+    made = []
+    for index, arm in enumerate(arms):
+        for seed in range(3):
+            made += rows(3 * index + seed, arm, seed, "tuning", [1], [0.8 - 0.01 * index])
+    table = pd.DataFrame(made)
+    canvas = report.gap_curve(table, results.summary(table, setting), setting)
+    FigureCanvasAgg(canvas).draw()
+    box = canvas.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= canvas.bbox.x1
 
 
 def test_gap_curve_against_names_joins_nothing():
