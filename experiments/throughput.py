@@ -41,8 +41,9 @@ def main() -> None:
     def go(_: Any) -> None:
         logging.set_verbosity(logging.ERROR)
         from experiments import warm_start
-        from plastic_jax import benchmark_run, dry_run
+        from plastic_jax import backend, benchmark_run, dry_run
 
+        backend.prepare()  # before anything asks JAX for its devices
         try:
             flops = dry_run.flops(warm_start.PAPER, warm_start.EXPERIMENT.fresh)
             config = flags.FLAGS.config.to_dict()

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from plastic_jax import backend, benchmark, benchmark_report, torch_ways, trial_axis, workdir
+from plastic_jax import benchmark, benchmark_report, torch_ways, trial_axis, workdir
 from plastic_jax.config import Sweep
 from plastic_jax.errors import InputError
 from plastic_jax.growth import growth
@@ -32,7 +32,6 @@ def run(config: dict[str, Any], path: str, python: str, flops: float) -> None:
     if not math.isfinite(minutes) or minutes <= 0:
         raise InputError(f"--config.minutes={minutes} is not allowed: a number above 0.")
     end = time.monotonic() + 60 * minutes
-    backend.prepare()
     jax.config.update("jax_enable_compilation_cache", False)  # or times to compile would be those of an earlier run
     points = benchmark.networks(config, jax.default_backend() == "gpu")
     for point in points:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -274,6 +275,12 @@ def test_bad_input_is_one_sentence(argument, says, tmp_path):
     assert says in ended.stderr and "Traceback" not in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_it_measures_on_one_device_a_core(tmp_path):
+    ended = command("--config.model=resnet", "--config.width=2048", "--config.trials=4096", f"--workdir={tmp_path}")
+    assert ended.returncode == 2
+    assert f"do not fit {len(os.sched_getaffinity(0))} x " in ended.stderr
 
 
 def test_an_interpreter_without_pytorch_has_no_version():
