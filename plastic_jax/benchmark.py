@@ -97,8 +97,7 @@ def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: 
 
     def start(_: float) -> Live:
         train_module.programs.cache_clear()  # or it would not be compiled anew
-        # A step an epoch where steps are slow: else a chunk would have 16 at least.
-        batches = 1 if _slow(point, choice, devices) else BATCHES
+        batches = 1 if _slow(point, choice, devices) else short(point, slots, devices, 2.0)
         dataset = calibration.synthetic(SPECS[point.model], point.batch_size * batches)
         form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)
         run = calibration.trainer(point, dataset, form, devices)
@@ -106,6 +105,14 @@ def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: 
         return Live(lambda epochs: calibration.train(run, epochs), run.chunk_bytes() * form.devices(len(devices)))
 
     return Row(name, slots, start)
+
+
+def short(point: Config, slots: int, devices: Sequence[Any], seconds: float) -> int:
+    """How many batches make a chunk of one epoch take about so long on a CPU at 100 GFLOP/s a core, 1 to 64; else BATCHES."""
+    if devices[0].platform != "cpu":
+        return BATCHES
+    flops = costs.costs(point, SPECS[point.model]).step_flops * slots / len(devices)
+    return int(np.clip(1e11 * seconds / flops, 1, 64))
 
 
 def _slow(point: Config, choice: Candidate, devices: Sequence[Any]) -> bool:

@@ -34,8 +34,10 @@ WORTH_ELSEWHERE = 1e16
 CLEARLY = 0.95
 """What another candidate's time must be below, in times of the rule's own, to be taken: less may be noise."""
 SECONDS, ROUNDS = 0.4, 5  # of a sample, and samples of each candidate
-# The files that set it.
-_PACE = ("convolution.py", "core.py", "models.py", "native_convolution.cc", "optimisers.py", "trial_axis.py")
+_PACE = (  # the files that set it
+    *("convolution.py", "core.py", "mended.py", "models.py", "native.py", "native_convolution.cc", "optimisers.py"),
+    "trial_axis.py",
+)
 _BATCHES = 4  # of the synthetic train set
 TESTS = 8
 _UNMEASURED = ("dataset", "train_examples", "validation_fraction", "schedule", "initialisation")  # do not set the pace

@@ -1,31 +1,15 @@
-"""Four formulations of one convolution: XLA's own, and three that are fast inside a CPU's loops.
+"""The formulations of a convolution, and of a unit of norm, ReLU and convolution, which `native` computes in one go.
 
-XLA's CPU backend rewrites convolutions into the one layout that its fast kernel takes, but only in
-the program's entry computation (jax-ml/jax#12868). The forward convolution of an NHWC network is
-born in that layout; the two convolutions that JAX derives for its gradients are not, and inside
-`lax.scan`, `lax.while_loop` or `lax.map` they fall back to a naive loop. `mended` writes both
-gradients as convolutions in the fast layout themselves.
-
-`products` is `mended` with matrix products where they were measured to pay (two CPU cores, AVX-512, one device a
-core, inside a loop, 2026-11-22), a few images at a time, so that what is laid out stays in the cache:
-
-- the gradient of every kernel: 1.2 times as fast as the mended one with 8 channels, 1.6 to 2.4 times with 16 to 64. In
-  a whole network it also spares the transposed copies, which XLA fuses with all that comes before;
-- a 3x3 convolution that sums over at most 8 channels (a stem, a narrow net's first module in both directions), four
-  pixels at a time: 1.5 to 5 times as fast, although half of the products are with zeros. With 16 channels it is as
-  fast as XLA's own, with more slower.
-
-`native` is `products`, but for 3x3 and 1x1 convolutions in float32 and float64, which call `native_convolution.cc`,
-compiled for the machine at hand. One core does a narrow net's convolutions at 100 to 180 GFLOP/s there, about half of
-the time that `products` takes forwards and for images, and a third for kernels (a core with AVX-512, 2026-11-25).
-
-Tried and left, since slower or no faster: im2col, three products over rows, one product with nine taps beside each
-other, the strided input gradients as products, barriers between layers, other library backends of XLA's.
+XLA's own convolution is `plain`; for `mended` and `products` see `mended.py`. `native` calls `native_convolution.cc`,
+compiled for the machine at hand, for 3x3 and 1x1 convolutions in float32 and float64, and is `products` for others. One
+core does a narrow net's convolutions at 100 to 180 GFLOP/s there, about half of the time that `products` takes forwards
+and for images, and a third for kernels. With BatchNorm the norms and ReLUs between them, their statistics and gradients
+are computed there too, image by image, while the image is in the cache: a ResNet's training step with w = 8, batch 64
+then takes 0.66 of the time, with w = 16, batch 128, 0.78 (two cores with AVX-512, one trial each, 2026-11-25).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -33,25 +17,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
-from plastic_jax import native
+from plastic_jax import mended, native
 from plastic_jax.errors import InputError
 
 FORMULATIONS = ("plain", "mended", "products", "native")
-
-_CANONICAL = ("NHWC", "HWIO", "NHWC")
-_Pair = tuple[int, int]
-_FEW = 8  # channels up to which a convolution pays as a product over _PIXELS pixels at a time
-_PIXELS = 4
-_SLICE = 8  # images whose kernel gradient is computed at a time
 
 
 def conv(name: str) -> Callable[..., Array]:
     """The convolution of that formulation, for `flax.linen.Conv(conv_general_dilated=...)`.
 
     Args:
-      name: one of `FORMULATIONS`. `plain` is `lax.conv_general_dilated`; the others are
-        `mended_convolution`, equal to it value for value and gradient for gradient, the rest up to rounding.
+      name: one of `FORMULATIONS`. `plain` is `lax.conv_general_dilated`; `mended` is equal to it value for value and
+        gradient for gradient, the rest up to rounding.
 
     Raises:
       InputError: for another name, or `native` on a machine that cannot compile it.
@@ -60,16 +39,17 @@ def conv(name: str) -> Callable[..., Array]:
         return lax.conv_general_dilated
     if name == "native":
         native.require("cpu")
+        return _native_convolution
     if name in FORMULATIONS:
-        return partial(mended_convolution, formulation=name)
+        return partial(mended.mended_convolution, formulation=name)
     raise InputError(f"convolution is {name!r}; it must be one of {', '.join(FORMULATIONS)}.")
 
 
-def mended_convolution(
+def _native_convolution(
     images_BHWC: Array,
     kernel_HWIO: Array,
     window_strides: Sequence[int],
-    padding: str | Sequence[_Pair],
+    padding: str | Sequence[mended.Pair],
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
     dimension_numbers: Any = None,
@@ -77,342 +57,208 @@ def mended_convolution(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
-    formulation: str = "mended",
 ) -> Array:
-    """`lax.conv_general_dilated` for NHWC images, with gradients in XLA's fast CPU layout.
+    """As `mended.mended_convolution`."""
+    operands = mended.ordinary(
+        images_BHWC, kernel_HWIO, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+        feature_group_count, batch_group_count, preferred_element_type,
+    )  # fmt: skip
+    if not native.fits(*operands):
+        return mended.convolve(*operands, precision, "products")
+    images_BHWC, kernel_HWIO, strides, _ = operands
+    images_BHWC, norm = mended.vary_alike(images_BHWC, _none(images_BHWC))
+    out_BHWO, _ = _unit(images_BHWC, kernel_HWIO, norm, strides[0], False)
+    return out_BHWO
 
-    Reverse mode only (`jax.grad`, `jax.vjp`, and `jax.jvp` *of* a gradient); a plain `jax.jvp`
-    through it raises, as for every `jax.custom_vjp`.
+
+def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: int) -> tuple[Array, Array]:
+    """A convolution of what comes out of a norm and a ReLU, and its own mean and variance: `native`, in one go.
+
+    Neither the norm's output nor its gradient are ever written to memory.
 
     Args:
-      images_BHWC: [B, H, W, C].
-      kernel_HWIO: [h, w, C, O].
-      window_strides: two strides.
-      padding: `'SAME'`, `'VALID'`, or two (low, high) pairs.
-      lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
-      preferred_element_type: only the values of an ordinary NHWC/HWIO convolution.
-      precision: as for `lax.conv_general_dilated`, used for the gradients too.
-      formulation: one of `FORMULATIONS` but `plain`.
+      images_BHWC: float32 or float64.
+      kernel_HWIO: 3x3 with padding 1, or 1x1 without.
+      norm_3C: mean, factor and bias: the images are first made ReLU(factor (images - mean) + bias); None for not.
+      stride: 1 or 2.
 
     Returns:
-      [B, H', W', O] with H' = (H + low + high - h) // stride + 1.
-
-    Raises:
-      ValueError: for a dilated, grouped or otherwise laid out convolution.
+      [B, H', W', O], and its statistics [2, O]: by channel the mean and the biased variance.
     """
-    numbers = lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, _CANONICAL)
-    ordinary = (
-        images_BHWC.ndim == 4
-        and set(lhs_dilation or (1,)) == {1}
-        and set(rhs_dilation or (1,)) == {1}
-        and feature_group_count == batch_group_count == 1
-        and preferred_element_type is None
-        and lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, dimension_numbers) == numbers
+    images_BHWC, kernel_HWIO, norm = mended.vary_alike(
+        images_BHWC, kernel_HWIO, _none(images_BHWC) if norm_3C is None else norm_3C
     )
-    if not ordinary:
-        raise ValueError(
-            "the mended convolution takes NHWC images and an HWIO kernel, without dilation, groups "
-            "or preferred_element_type; use the plain one."
-        )
-    strides = tuple(window_strides)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(images_BHWC.shape[1:3], kernel_HWIO.shape[:2], strides, padding)
-    images_BHWC, kernel_HWIO = _vary_alike(images_BHWC, kernel_HWIO)
-    kernel_HWIO, pads = _without_unused_taps(images_BHWC, kernel_HWIO, strides, padding)
-    return _mended(images_BHWC, kernel_HWIO, strides, pads, precision, formulation)
+    pad = (kernel_HWIO.shape[0] - 1) // 2
+    kernel, pads = mended.without_unused_taps(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))
+    if native.fits(images_BHWC, kernel, (stride, stride), pads):
+        return _unit(images_BHWC, kernel_HWIO, norm, stride, True)
+    return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: mended.convolve(*x, "products"))
 
 
-def _direct(
-    images_BHWC: Array,
-    kernel_HWIO: Array,
-    strides: tuple[int, ...],
-    pads: tuple[_Pair, ...],
-    precision: Any,
-    formulation: str,
-) -> Array:
-    if formulation == "native" and native.fits(images_BHWC, kernel_HWIO, strides, pads):
-        return _native_forward(images_BHWC, kernel_HWIO, strides, pads, precision)
-    if formulation in ("products", "native") and _same(kernel_HWIO, strides, pads) and _banded_pays(images_BHWC):
-        return _sliced_banded(images_BHWC, kernel_HWIO, precision)
-    return _canonical(images_BHWC, kernel_HWIO, pads, strides=strides, precision=precision)
+def _none(like: Array) -> Array:
+    """No norm."""
+    return jnp.zeros((0, like.shape[-1]), like.dtype)
 
 
-_mended = partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))(_direct)
+def normalised(images_BHWC: Array, norm_3C: Array) -> Array:
+    """factor (images - mean) + bias."""
+    mean, factor, bias = norm_3C[:, None, None, None]
+    return factor * (images_BHWC - mean) + bias
 
 
-def _forward(
-    images_BHWC: Array,
-    kernel_HWIO: Array,
-    strides: tuple[int, ...],
-    pads: tuple[_Pair, ...],
-    precision: Any,
-    formulation: str,
-) -> tuple[Array, tuple[Array, Array]]:
-    # Not the custom_vjp itself: a gradient's own ingredients must be differentiable forwards.
-    out_BHWO = _direct(images_BHWC, kernel_HWIO, strides, pads, precision, formulation)
-    return out_BHWO, (images_BHWC, kernel_HWIO)
-
-
-def _backward(
-    strides: tuple[int, ...],
-    pads: tuple[_Pair, ...],
-    precision: Any,
-    formulation: str,
-    saved: tuple[Array, Array],
-    gradient_BHWO: Array,
+def _written_out(
+    images_BHWC: Array, kernel_HWIO: Array, norm: Array, stride: int, statistics: bool, convolve: Any
 ) -> tuple[Array, Array]:
-    images_BHWC, kernel_HWIO = saved
-    if formulation == "native" and native.fits(images_BHWC, kernel_HWIO, strides, pads):
-        return _native_backward(images_BHWC, kernel_HWIO, gradient_BHWO, strides, pads, precision)
-    sizes, taps, outputs = images_BHWC.shape[1:3], kernel_HWIO.shape[:2], gradient_BHWO.shape[1:3]
-    axes = tuple(zip(sizes, taps, outputs, strides, pads, strict=True))
-
-    # dL/dx: the output's gradient, spread out by the stride, convolved with the kernel turned
-    # round and with its two channel axes exchanged.
-    turned_HWOI = kernel_HWIO[::-1, ::-1].transpose(0, 1, 3, 2)
-    if formulation in ("products", "native") and _same(kernel_HWIO, strides, pads) and _banded_pays(gradient_BHWO):
-        image_gradient_BHWC = _sliced_banded(gradient_BHWO, turned_HWOI, precision)
-    else:
-        image_gradient_BHWC = _canonical(
-            gradient_BHWO,
-            turned_HWOI,
-            tuple((tap - 1 - low, size - 1 + low - (out - 1) * step) for size, tap, out, step, (low, _) in axes),
-            image_dilation=strides,
-            precision=precision,
-        )
-    if formulation in ("products", "native"):
-        return image_gradient_BHWC, _sliced_kernel_gradient(
-            images_BHWC, gradient_BHWO, kernel_HWIO, strides, pads, precision
-        )
-
-    # dL/dw: each input channel is an image whose channels are the examples, and the output's
-    # gradient, spread out by the stride, is the kernel.
-    images_CHWB = images_BHWC.transpose(3, 1, 2, 0)
-    gradient_HWBO = gradient_BHWO.transpose(1, 2, 0, 3)
-    kernel_gradient_IHWO = _canonical(
-        images_CHWB,
-        gradient_HWBO,
-        tuple((low, tap + (output - 1) * stride - size - low) for size, tap, output, stride, (low, _) in axes),
-        kernel_dilation=strides,
-        precision=precision,
-    )
-    return image_gradient_BHWC, kernel_gradient_IHWO.transpose(1, 2, 0, 3)
+    """A unit in JAX's own operations."""
+    if norm.shape[0]:
+        images_BHWC = jax.nn.relu(normalised(images_BHWC, norm))
+    strides, pad = (stride, stride), (kernel_HWIO.shape[0] - 1) // 2
+    kernel_HWIO, pads = mended.without_unused_taps(images_BHWC, kernel_HWIO, strides, ((pad, pad), (pad, pad)))
+    out_BHWO = convolve(images_BHWC, kernel_HWIO, strides, pads, None)
+    if not statistics:
+        return out_BHWO, _none(out_BHWO)
+    mean = out_BHWO.mean((0, 1, 2), keepdims=True)
+    return out_BHWO, jnp.concatenate([mean, jnp.square(out_BHWO - mean).mean((0, 1, 2), keepdims=True)])[:, 0, 0]
 
 
-_mended.defvjp(_forward, _backward)
+# Of the mended convolution, what can be differentiated forwards, and what then is fast backwards.
+_JVP: Any = partial(mended.direct, formulation="mended")
+_VJP: Any = lambda *x: mended.convolve(*x, "mended")  # noqa: E731
 
 
 # XLA knows no derivatives of the native calls: differentiated once more, they are the mended ones.
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _native_forward(
-    images_BHWC: Array, kernel_HWIO: Array, strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any
-) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _unit_forward(
+    images_BHWC: Array, kernel_HWIO: Array, norm: Array, stride: int, statistics: bool
+) -> tuple[Array, Array]:
     count, *size, _ = images_BHWC.shape
-    out = [(side - 1) // strides[0] + 1 for side in size]  # an odd kernel, padded to keep the size at stride 1
-    shape = (count, *out, kernel_HWIO.shape[-1])
-    return native.call("forward", images_BHWC, kernel_HWIO, shape, strides[0], pads[0][0])
+    taps, *_, outputs = kernel_HWIO.shape
+    shape = (count, *((side - 1) // stride + 1 for side in size), outputs)
+    operands = images_BHWC, kernel_HWIO, norm
+    shapes = shape, (2 * statistics, outputs)
+    out, seen = native.call("forward", operands, shapes, stride=stride, pad=(taps - 1) // 2)
+    return out, seen
 
 
-@_native_forward.defjvp
-def _native_forward_jvp(
-    strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any, primals: Any, tangents: Any
-) -> tuple[Array, Array]:
-    return jax.jvp(
-        lambda images, kernel: _direct(images, kernel, strides, pads, precision, "mended"), primals, tangents
+@_unit_forward.defjvp
+def _unit_forward_jvp(stride: int, statistics: bool, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(lambda *x: _written_out(*x, stride=stride, statistics=statistics, convolve=_JVP), primals, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
+def _unit_backward(
+    images_BHWC: Array, kernel_HWIO: Array, norm: Array, gradient_BHWO: Array, out_BHWO: Array, after: Array,
+    stride: int, of_images: bool, of_kernel: bool,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Gradients of images and kernel, and [2, C] sums for that of the norm; empty, where they are not wanted."""
+    operands = images_BHWC, kernel_HWIO, norm, gradient_BHWO, out_BHWO, after
+    channels = images_BHWC.shape[-1]
+    shapes = (
+        (images_BHWC.shape[0] * of_images, *images_BHWC.shape[1:]),
+        (*kernel_HWIO.shape[:3], kernel_HWIO.shape[3] * of_kernel),
+        (2 * (norm.shape[0] > 0) * of_images, channels),
     )
+    pad = (kernel_HWIO.shape[0] - 1) // 2
+    of_x, of_w, sums = native.call("backward", operands, shapes, stride=stride, pad=pad)
+    return of_x, of_w, sums
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _native_backward(
-    images_BHWC: Array,
-    kernel_HWIO: Array,
-    gradient_BHWO: Array,
-    strides: tuple[int, ...],
-    pads: tuple[_Pair, ...],
-    precision: Any,
-) -> tuple[Array, Array]:
-    numbers = strides[0], pads[0][0]
-    return (
-        native.call("image_gradient", gradient_BHWO, kernel_HWIO, images_BHWC.shape, *numbers),
-        native.call("kernel_gradient", images_BHWC, gradient_BHWO, kernel_HWIO.shape, *numbers),
+@_unit_backward.defjvp
+def _unit_backward_jvp(stride: int, of_images: bool, of_kernel: bool, primals: Any, tangents: Any) -> Any:
+    def written_out(images: Array, kernel: Array, norm: Array, gradient: Array, out: Array, after: Array) -> Any:
+        if after.shape[0]:
+            gradient = gradient + normalised(out, after)
+        _, back = jax.vjp(
+            lambda *x: _written_out(*x, stride=stride, statistics=False, convolve=_VJP)[0], images, kernel, norm
+        )
+        of_x, of_w, of_norm = back(gradient)
+        sums = jnp.stack([of_norm[1], of_norm[2]]) if norm.shape[0] else norm
+        return of_x if of_images else of_x[:0], of_w if of_kernel else of_w[..., :0], sums if of_images else sums[:0]
+
+    return jax.jvp(written_out, primals, tangents)
+
+
+_unit: Any = jax.custom_vjp(_unit_forward, nondiff_argnums=(3, 4))
+
+
+def _unit_fwd(images_BHWC: Any, kernel_HWIO: Any, norm: Any, stride: int, statistics: bool) -> Any:
+    # Of what is not differentiated, as a network's input is not, no gradient is computed.
+    of_images = images_BHWC.perturbed or norm.perturbed
+    operands = images_BHWC.value, kernel_HWIO.value, norm.value
+    out, seen = _unit_forward(*operands, stride, statistics)
+    marks = ((),) * (2 * of_images + kernel_HWIO.perturbed)  # static, as a tree without leaves
+    return (out, seen), (operands, out, seen, marks)
+
+
+def _unit_bwd(stride: int, statistics: bool, saved: Any, gradients: Any) -> Any:
+    (images, kernel, norm), out, seen, marks = saved
+    of_images, of_kernel = len(marks) >= 2, len(marks) % 2 == 1
+    gradient, of_statistics = (
+        jnp.zeros(like.shape, like.dtype) if isinstance(given, SymbolicZero) else given
+        for given, like in zip(gradients, (out, seen), strict=True)
     )
+    after = seen
+    if statistics:  # d mean / d value is 1 / n, d variance / d value is 2 (value - mean) / n
+        n = out.size // out.shape[-1]
+        after = jnp.stack([seen[0], of_statistics[1] * 2 / n, of_statistics[0] / n])
+    operands = mended.vary_alike(images, kernel, norm, gradient, out, after)
+    of_x, of_w, sums = _unit_backward(*operands, stride, of_images, of_kernel)
+    of_norm = _of_norm(norm, sums) if sums.shape[0] else jnp.zeros_like(norm)
+    return of_x if of_images else None, of_w if of_kernel else None, of_norm
 
 
-@_native_backward.defjvp
-def _native_backward_jvp(
-    strides: tuple[int, ...], pads: tuple[_Pair, ...], precision: Any, primals: Any, tangents: Any
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    return jax.jvp(
-        lambda images, kernel, gradient: _backward(strides, pads, precision, "mended", (images, kernel), gradient),
-        primals,
-        tangents,
-    )
+_unit.defvjp(_unit_fwd, _unit_bwd, symbolic_zeros=True)
 
 
-def _same(kernel_HWIO: Array, strides: Sequence[int], pads: Sequence[_Pair]) -> bool:
-    """Whether it is a 3x3 convolution that keeps the image's size."""
-    return kernel_HWIO.shape[:2] == (3, 3) and set(strides) == {1} and set(pads) == {(1, 1)}
+def _of_norm(norm: Array, sums: Array) -> Array:
+    """The gradient of a norm [3, C]; sums: over all values, of their gradients times (value - mean), and of these."""
+    return jnp.stack([-norm[1] * sums[1], sums[0], sums[1]])
 
 
-def _banded_pays(images_BHWC: Array) -> bool:
-    return images_BHWC.shape[3] <= _FEW and images_BHWC.shape[2] % _PIXELS == 0
+def joined(images_BHWC: Array, norm_3C: Array, other_BHWC: Array | None, other_norm_3C: Array | None) -> Array:
+    """ReLU of normed images plus others, normed where there is a norm for them; the gradient is `native`, in one go."""
+    same = jnp.zeros_like(norm_3C).at[1].set(1)
+    other = images_BHWC[:0] if other_BHWC is None else other_BHWC
+    return _join(*mended.vary_alike(images_BHWC, norm_3C, other, same if other_norm_3C is None else other_norm_3C))
 
 
-def _banded(images_BHWC: Array, kernel_HWIO: Array, precision: Any) -> Array:
-    """A 3x3 convolution, stride 1, padding 1, as one product of windows of six pixels with a banded matrix.
-
-    Each window [6 C] of a row gives four neighbouring outputs for each of the kernel's three rows, [3 x 4 O]; the
-    three are added up, each from its own image row. Wide products are worth the zeros of the band.
-    """
-    count, height, width, channels = images_BHWC.shape
-    outputs = kernel_HWIO.shape[-1]
-    blocks, window, run = width // _PIXELS, _PIXELS + 2, _PIXELS * channels
-    padded = jnp.pad(images_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    first = padded[:, :, :width].reshape(count, height + 2, blocks, run)
-    last_two = padded[:, :, 2:].reshape(count, height + 2, blocks, run)[..., run - 2 * channels :]
-    windows = jnp.concatenate([first, last_two], -1).reshape(-1, window * channels)
-    taps_WIHO = kernel_HWIO.transpose(1, 2, 0, 3)
-    pixels = [jnp.pad(taps_WIHO, ((k, _PIXELS - 1 - k), (0, 0), (0, 0), (0, 0))) for k in range(_PIXELS)]
-    band = jnp.stack(pixels, 3).reshape(window * channels, 3 * _PIXELS * outputs)
-    rows = jnp.matmul(windows, band, precision=precision).reshape(count, height + 2, blocks, 3, _PIXELS * outputs)
-    summed = rows[:, :height, :, 0] + rows[:, 1 : height + 1, :, 1] + rows[:, 2:, :, 2]
-    return summed.reshape(count, height, width, outputs)
+def _join_forward(images: Array, norm: Array, other: Array, other_norm: Array) -> Array:
+    total = normalised(images, norm)
+    return jax.nn.relu(total + normalised(other, other_norm) if other.shape[0] else total)
 
 
-def _slices(array: Array) -> tuple[Array, Array]:
-    """A batch as slices of `_SLICE` images, stacked, and the rest of it."""
-    whole = array.shape[0] - array.shape[0] % _SLICE
-    return array[:whole].reshape(whole // _SLICE, _SLICE, *array.shape[1:]), array[whole:]
+@jax.custom_jvp
+def _join_backward(
+    gradient: Array, out: Array, images: Array, norm: Array, other: Array, other_norm: Array
+) -> list[Array]:
+    sums = (2, images.shape[-1])
+    shapes = images.shape, sums, other.shape, sums if other.shape[0] else (0, sums[1])
+    return native.call("join", (gradient, out, images, norm, other, other_norm), shapes)
 
 
-def _sliced_banded(images_BHWC: Array, kernel_HWIO: Array, precision: Any) -> Array:
-    """`_banded` over slices of the batch."""
-    slices, rest = _slices(images_BHWC)
-    out = lax.map(lambda images: _banded(images, kernel_HWIO, precision), slices)
-    whole = out.reshape(-1, *out.shape[2:])
-    return jnp.concatenate([whole, _banded(rest, kernel_HWIO, precision)]) if rest.shape[0] else whole
+@_join_backward.defjvp
+def _join_backward_jvp(primals: Any, tangents: Any) -> Any:
+    def written_out(gradient: Array, _: Array, *operands: Array) -> list[Array]:
+        of_images, of_norm, of_other, of_other_norm = jax.vjp(_join_forward, *operands)[1](gradient)
+        return [of_images, of_norm[1:], of_other, of_other_norm[1:] if of_other.shape[0] else of_other_norm[:0]]
+
+    return jax.jvp(written_out, primals, tangents)
 
 
-def _sliced_kernel_gradient(
-    images_BHWC: Array,
-    gradient_BHWO: Array,
-    kernel_HWIO: Array,
-    strides: Sequence[int],
-    pads: Sequence[_Pair],
-    precision: Any,
-) -> Array:
-    """The kernel's gradient [h, w, C, O], summed over slices of the batch, in float32 at least, and rounded once."""
-
-    def one(images: Array, gradient: Array) -> Array:
-        if _same(kernel_HWIO, strides, pads):
-            return _kernel_gradient(images, gradient, precision)
-        return _any_kernel_gradient(images, gradient, kernel_HWIO.shape[:2], strides, pads, precision)
-
-    (images, more_images), (gradient, more_gradient) = _slices(images_BHWC), _slices(gradient_BHWO)
-    rest = one(more_images, more_gradient)
-    total = lax.scan(lambda total, slices: (total + one(*slices), None), rest, (images, gradient))[0]
-    return total.astype(kernel_HWIO.dtype)
+_join: Any = jax.custom_vjp(_join_forward)
 
 
-def _product(rows: Array, columns: Array, precision: Any) -> Array:
-    """A matrix product that keeps the float32 sums of bfloat16 operands."""
-    sums = jnp.promote_types(rows.dtype, jnp.float32)
-    return jnp.matmul(rows, columns, precision=precision, preferred_element_type=sums)
+def _join_fwd(*operands: Array) -> Any:
+    out = _join_forward(*operands)
+    return out, (out, operands)
 
 
-def _any_kernel_gradient(
-    images_BHWC: Array,
-    gradient_BHWO: Array,
-    taps: Sequence[int],
-    strides: Sequence[int],
-    pads: Sequence[_Pair],
-    precision: Any,
-) -> Array:
-    """One product of what each tap sees, [n, h w C], with the gradient, [n, O]."""
-    channels, (rows, columns, outputs) = images_BHWC.shape[3], gradient_BHWO.shape[1:]
-    padded = lax.pad(images_BHWC, jnp.zeros((), images_BHWC.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
-
-    def seen(i: int, j: int) -> Array:
-        ends = i + (rows - 1) * strides[0] + 1, j + (columns - 1) * strides[1] + 1
-        return padded[:, i : ends[0] : strides[0], j : ends[1] : strides[1]]
-
-    images = jnp.concatenate([seen(i, j) for i in range(taps[0]) for j in range(taps[1])], -1)
-    flat = images.reshape(-1, images.shape[-1])
-    product = _product(flat.T, gradient_BHWO.reshape(-1, outputs), precision)
-    return product.reshape(*taps, channels, outputs)
+def _join_bwd(saved: Any, gradient: Array) -> Any:
+    out, (images, norm, other, other_norm) = saved
+    operands = mended.vary_alike(gradient, out, images, norm, other, other_norm)
+    of_images, sums, of_other, other_sums = _join_backward(*operands)
+    of_other_norm = _of_norm(other_norm, other_sums) if other_sums.shape[0] else jnp.zeros_like(other_norm)
+    return of_images, _of_norm(norm, sums), of_other, of_other_norm
 
 
-def _kernel_gradient(images_BHWC: Array, gradient_BHWO: Array, precision: Any) -> Array:
-    """One product of the images, shifted by rows, [n, 3 C] with the gradient, shifted by columns, [n, 3 O].
-
-    dL/dw[i, j] is the sum over h and u of x[h + i - 1, u] g[h, u - j + 1].
-    """
-    _, height, width, channels = images_BHWC.shape
-    outputs = gradient_BHWO.shape[-1]
-    padded = jnp.pad(images_BHWC, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    images = jnp.concatenate([padded[:, i : i + height] for i in range(3)], -1).reshape(-1, 3 * channels)
-    padded = jnp.pad(gradient_BHWO, ((0, 0), (0, 0), (1, 1), (0, 0)))
-    gradient = jnp.concatenate([padded[:, :, 2 - j : 2 - j + width] for j in range(3)], -1).reshape(-1, 3 * outputs)
-    product = _product(images.T, gradient, precision)
-    return product.reshape(3, channels, 3, outputs).transpose(0, 2, 1, 3)
-
-
-def _canonical(
-    images: Array,
-    kernel: Array,
-    pads: Sequence[_Pair],
-    *,
-    strides: Sequence[int] = (1, 1),
-    image_dilation: Sequence[int] = (1, 1),
-    kernel_dilation: Sequence[int] = (1, 1),
-    precision: Any,
-) -> Array:
-    """A convolution that XLA leaves in the layout NHWC, HWIO -> NHWC.
-
-    Where a kernel has more taps than an image has pixels, XLA exchanges the two and so leaves the
-    layout; an image that is padded beforehand, behind a barrier, is never the smaller one.
-    """
-    if math.prod(kernel.shape[:2]) > math.prod(images.shape[1:3]):
-        inner = [(low, high, step - 1) for (low, high), step in zip(pads, image_dilation, strict=True)]
-        zero = jnp.zeros((), images.dtype)
-        images = lax.optimization_barrier(lax.pad(images, zero, [(0, 0, 0), *inner, (0, 0, 0)]))
-        pads, image_dilation = ((0, 0), (0, 0)), (1, 1)
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        strides,
-        pads,
-        lhs_dilation=image_dilation,
-        rhs_dilation=kernel_dilation,
-        dimension_numbers=_CANONICAL,
-        precision=precision,
-    )
-
-
-def _without_unused_taps(
-    images_BHWC: Array, kernel_HWIO: Array, strides: Sequence[int], pads: Sequence[_Pair]
-) -> tuple[Array, tuple[_Pair, ...]]:
-    """Cuts off the taps that see nothing but padding, as all but one of nine do on a 1x1 image."""
-    slices, kept = [], []
-    for axis, ((low, high), stride) in enumerate(zip(pads, strides, strict=True)):
-        size, taps = images_BHWC.shape[1 + axis], kernel_HWIO.shape[axis]
-        last_output = (size + low + high - taps) // stride
-        end = min(taps, size + low)
-        first = min(max(0, low - last_output * stride), end - 1)
-        slices.append(slice(first, end))
-        kept.append((low - first, high - (taps - end)))
-    return kernel_HWIO[tuple(slices)], tuple(kept)
-
-
-def _vary_alike(*arrays: Array) -> list[Array]:
-    """Inside `jax.shard_map`: lets all arrays vary over the mesh axes that any of them varies over.
-
-    JAX does so by itself for its own operations, but not for a `custom_vjp`. It makes the gradient
-    of an array that all shards share the sum over the shards.
-    """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    union = frozenset().union(*varying)
-    return [
-        lax.pcast(array, tuple(sorted(union - axes)), to="varying") if union - axes else array
-        for array, axes in zip(arrays, varying, strict=True)
-    ]
+_join.defvjp(_join_fwd, _join_bwd)

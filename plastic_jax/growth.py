@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from plastic_jax import calibration, train
-from plastic_jax.benchmark import SPECS, title
+from plastic_jax.benchmark import SPECS, short, title
 from plastic_jax.config import Config
 from plastic_jax.trial_axis import Candidate, Formulation
 
-BLOCKS, EPOCHS, BATCHES, DEPTHS = (1, 2, 8), (2, 8, 32), (16, 64, 256), (1, 2, 4)
+BLOCKS, EPOCHS, DEPTHS = (1, 2, 8), (2, 8, 32), (1, 2, 4)
+BATCHES = (1, 4, 16)  # times what takes a third of a second on a CPU
 REPEATS = 3
 
 
@@ -27,6 +28,7 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: fl
     """
     block, end = choice.block, time.monotonic() + seconds
     whole = block * len(devices)
+    batches = short(point, whole, devices, 0.3)
 
     def run(slots: int, batches: int, over: Sequence[Any] = devices, of: Config = point) -> Any:
         dataset = calibration.synthetic(SPECS[of.model], of.batch_size * batches)
@@ -38,11 +40,11 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: fl
         return statistics.median(calibration.train(live, epochs)[0] for _ in range(REPEATS))
 
     def trial_step(n: int) -> float:
-        return 1e3 * median(run(whole, BATCHES[0], devices[:n]), 2) / (2 * BATCHES[0] * whole)
+        return 1e3 * median(run(whole, batches, devices[:n]), 2) / (2 * batches * whole)
 
     def compiling(depth: int) -> float:
         train.programs.cache_clear()  # one of these depths has been compiled above
-        live = run(whole, BATCHES[0], of=dataclasses.replace(point, depth=depth))
+        live = run(whole, batches, of=dataclasses.replace(point, depth=depth))
         begin = time.perf_counter()
         live.lower_chunk().compile()
         return time.perf_counter() - begin
@@ -63,13 +65,13 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: fl
     of_trials: dict[int, Any] = {}
 
     def trials(count: int) -> float:
-        of_trials[count] = run(count, BATCHES[0])
+        of_trials[count] = run(count, batches)
         return median(of_trials[count], 2)
 
     measure("seconds_of_trials", [whole * blocks for blocks in BLOCKS], trials)
     measure("bytes_of_trials", list(of_trials), lambda count: of_trials[count].chunk_bytes())
-    measure("seconds_of_steps", EPOCHS, lambda e: median(of_trials[whole * BLOCKS[0]], e), BATCHES[0])
-    measure("seconds_of_examples", BATCHES, lambda b: median(run(whole, b), 1), point.batch_size)
+    measure("seconds_of_steps", EPOCHS, lambda e: median(of_trials[whole * BLOCKS[0]], e), batches)
+    measure("seconds_of_examples", [batches * b for b in BATCHES], lambda b: median(run(whole, b), 1), point.batch_size)
     measure("milliseconds_of_devices", sorted({1, len(devices)}), trial_step)
     measure("compile_of_depth", DEPTHS, compiling)
     curves = {name: points for name, points in curves.items() if points}

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from plastic_jax import convolution as convolutions
 from plastic_jax.config import COMPUTE_DTYPES, INITIALISATIONS, MODELS, NORMS
-from plastic_jax.convolution import FORMULATIONS, conv
 from plastic_jax.errors import InputError
 
 Variables = dict[str, Any]
@@ -79,7 +79,7 @@ def build(
         ("norm", norm, NORMS),
         ("initialisation", initialisation, INITIALISATIONS),
         ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
-        ("convolution", convolution, FORMULATIONS),
+        ("convolution", convolution, convolutions.FORMULATIONS),
     ):
         if value not in allowed:
             raise InputError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}.")
@@ -274,6 +274,17 @@ class _ConvolutionalModule(nn.Module):
     compute_dtype: str
     convolution: str
 
+    def _fused(self, train: bool) -> bool:
+        """Whether units are computed in one go: in training with BatchNorm, as its statistics are of a batch."""
+        return train and self.norm == "batch" and self.convolution == "native" and self.compute_dtype != "bfloat16"
+
+    def _unit(self, name: str, x: Array, norm_3C: Array | None, taps: int, stride: int) -> tuple[Array, Array]:
+        """Convolution `conv{name}` of what comes out of a norm and a ReLU, and norm `norm{name}`, yet to be applied."""
+        _, state_dtype = _dtypes(self.compute_dtype)
+        kernel = _Kernel((taps, taps, x.shape[-1], self.width), state_dtype, name=f"conv{name}")()
+        x, statistics = convolutions.unit(x, kernel, norm_3C, stride)
+        return x, BatchNorm(self.compute_dtype, name=f"norm{name}")(x, train=True, statistics=statistics)
+
     def _convolve(self, name: str, x: Array, taps: int, stride: int, train: bool) -> Array:
         """Convolution `conv{name}` and norm `norm{name}`.
 
@@ -291,7 +302,7 @@ class _ConvolutionalModule(nn.Module):
             dtype=dtype,
             param_dtype=state_dtype,
             kernel_init=_DRAWN_BY_INIT,
-            conv_general_dilated=conv(self.convolution),
+            conv_general_dilated=convolutions.conv(self.convolution),
             name=f"conv{name}",
         )(x)
         return _normalise(self.norm, self.compute_dtype, f"norm{name}", x, train)
@@ -300,7 +311,20 @@ class _ConvolutionalModule(nn.Module):
 class _Stem(_ConvolutionalModule):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
+        if self._fused(train):
+            return convolutions.joined(*self._unit("", x, None, 3, 1), None, None)
         return nn.relu(self._convolve("", x, 3, 1, train))
+
+
+class _Kernel(nn.Module):
+    """A convolution's kernel, where `nn.Conv` would have it."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", _DRAWN_BY_INIT, self.shape, self.dtype)
 
 
 class _Block(_ConvolutionalModule):
@@ -310,8 +334,12 @@ class _Block(_ConvolutionalModule):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        shortcut = x
-        if self.stride != 1 or x.shape[-1] != self.width:
+        shortcut, same = x, self.stride == 1 and x.shape[-1] == self.width
+        if self._fused(train):
+            other = (x, None) if same else self._unit("_shortcut", x, None, 1, self.stride)
+            first = self._unit("_1", x, None, 3, self.stride)
+            return convolutions.joined(*self._unit("_2", *first, 3, 1), *other)
+        if not same:
             shortcut = self._convolve("_shortcut", x, 1, self.stride, train)
         x = nn.relu(self._convolve("_1", x, 3, self.stride, train))
         x = self._convolve("_2", x, 3, 1, train)
@@ -351,8 +379,12 @@ class BatchNorm(nn.Module):
     compute_dtype: str
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """[..., C] -> [..., C], in the type to compute in."""
+    def __call__(self, x: Array, *, train: bool, statistics: Array | None = None) -> Array:
+        """[..., C] -> [..., C], in the type to compute in.
+
+        With the batch's `statistics` at hand, [2, C] of its means and variances, the values are left to be normalised:
+        [3, C], to apply as scale * (x - mean) / sqrt(var + 1e-5) + bias, the mean, the factor and the bias.
+        """
         dtype, state_dtype = _dtypes(self.compute_dtype)
         shape, axes = (x.shape[-1],), tuple(range(x.ndim - 1))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, state_dtype)
@@ -360,8 +392,11 @@ class BatchNorm(nn.Module):
         x = x.astype(state_dtype)
         if train:
             # Two passes: the mean of squares less the squared mean cancels in float32.
-            mean = x.mean(axes)
-            var = jnp.square(x - _channels(mean, x)).mean(axes)
+            if statistics is None:
+                mean = x.mean(axes)
+                var = jnp.square(x - _channels(mean, x)).mean(axes)
+            else:
+                mean, var = statistics
             n = x.size // x.shape[-1]
             unbiased = var * (n / max(n - 1, 1))
             running_mean.value = _MOMENTUM * running_mean.value + (1 - _MOMENTUM) * mean
@@ -369,7 +404,10 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         scale, bias = _scale_and_bias(self, shape, state_dtype)
-        x = (x - _channels(mean, x)) * _channels(scale * jax.lax.rsqrt(var + _EPSILON), x)
+        factor = scale * jax.lax.rsqrt(var + _EPSILON)
+        if statistics is not None:
+            return jnp.stack([mean, factor, bias])
+        x = (x - _channels(mean, x)) * _channels(factor, x)
         return (x + _channels(bias, x)).astype(dtype)
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from plastic_jax.errors import InputError
 
 _SOURCE = Path(__file__).with_name("native_convolution.cc")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
-_HANDLERS = ("forward", "image_gradient", "kernel_gradient")
+_HANDLERS = ("forward", "backward", "join")
 _SECONDS = 300  # that compiling may take
 
 
@@ -55,12 +56,13 @@ def fits(images_BHWC: Array, kernel_HWIO: Array, strides: Any, pads: Any) -> boo
     )
 
 
-def call(handler: str, first: Array, second: Array, shape: tuple[int, ...], stride: int, pad: int) -> Array:
-    """One of `forward`, `image_gradient` and `kernel_gradient`: its result, of that shape."""
+def call(handler: str, operands: Sequence[Array], shapes: Sequence[tuple[int, ...]], **attributes: int) -> list[Array]:
+    """One of `_HANDLERS`: its results, of those shapes. An operand or result without values is none."""
     require("cpu")
-    result = jax.typeof(first).update(shape=shape, weak_type=False)  # inside a shard_map, both vary alike
-    target = jax.ffi.ffi_call(f"plastic_jax_{handler}", result, vmap_method="sequential")
-    return target(first, second, stride=stride, pad=pad)
+    one = jax.typeof(operands[0])  # inside a shard_map, all vary alike
+    results = [one.update(shape=shape, weak_type=False) for shape in shapes]
+    target = jax.ffi.ffi_call(f"plastic_jax_{handler}", results, vmap_method="sequential")
+    return list(target(*operands, **attributes))
 
 
 @functools.cache

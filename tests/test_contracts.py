@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from plastic_jax import plan, results, sampler
+from plastic_jax import native, plan, results, sampler
 from plastic_jax.errors import InputError
 from plastic_jax.trial_axis import Formulation
 
@@ -72,6 +72,26 @@ def test_resumed_equals_uninterrupted_at_every_chunk(axis):
         tiny.same(tiny.table(study, [whole]), tiny.table(study, [again]))
 
 
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed():
+    """Neighbours, slots and devices at once; 4x4 images end as 1x1, which are not for native convolutions."""
+    small = dict(model="resnet", width=3, depth=1, warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False)
+    study, form = tiny.study(seeds=3, **small), Formulation("map", "native", 4)
+    (whole,) = tiny.programs(study, form, 2)
+    whole.step()
+    arrays, host = whole.snapshot()
+    while whole.step():
+        pass
+    (again,) = tiny.programs(study, form, 2)
+    again.resume(arrays, host)
+    while again.step():
+        pass
+    table = tiny.table(study, [whole])
+    tiny.same(table, tiny.table(study, [again]))
+    alone = tiny.trained(tiny.study(seeds=1, first_seed=1, **small), slots=2, devices=2, convolution="native")
+    tiny.same(table[table.seed == 1], alone)
+
+
 def test_a_run_with_snapshots_equals_one_without(reference):
     study = tiny.study()
     (run,) = tiny.programs(study, Formulation("map", "plain", 4))
@@ -90,6 +110,7 @@ def test_formulations_and_devices_agree_in_float64():
         )  # fmt: skip
         tables, draws = [], []
         ways = (("map", "plain", 2, 1), ("vmap", "mended", 32, 4), ("map", "products", 4, 2))
+        ways += (("map", "native", 4, 2),) * native.available()
         for axis, convolution, slots, devices in ways:
             (run,) = tiny.programs(study, Formulation(axis, convolution, slots), devices)
             run._deal()

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from plastic_jax import models, native
 from plastic_jax.config import Sweep
-from plastic_jax.convolution import FORMULATIONS, conv
+from plastic_jax.convolution import FORMULATIONS, conv, joined, unit
 from plastic_jax.errors import InputError
 from plastic_jax.trial_axis import candidates
 
@@ -160,7 +160,7 @@ def test_native_equals_plain(kind, dtype):
             operands = [jnp.asarray(a) for a in (images, kernel, gradient)]
             text = str(jax.make_jaxpr(with_gradients("native", kind))(*operands))
             if min(size) > 2:  # else taps that see only padding are cut off, which leaves other convolutions
-                assert text.count("ffi_call[") == 3 and "conv_general_dilated" not in text
+                assert text.count("ffi_call[") == 2 and "conv_general_dilated" not in text
             actual = with_gradients("native", kind)(*operands)
             expected = quick_jit(with_gradients("plain", kind))(*(a.astype(jnp.float64) for a in operands))
             assert [a.dtype for a in actual] == [dtype] * 3
@@ -181,13 +181,134 @@ def test_native_reads_nothing_but_its_operands_and_repeats_itself_to_the_bit():
 
 
 @needs_compiler
-def test_native_falls_back_and_drops_what_is_not_used():
+def test_native_falls_back_and_computes_no_gradient_that_is_not_used():
     images, kernel, gradient = (a[0] for a in operands((3, 1, 1), (7, 8), jnp.float32))
     low = [a.astype(jnp.bfloat16) for a in (images, kernel, gradient)]
     assert "ffi_call" not in str(jax.make_jaxpr(with_gradients("native", (3, 1, 1)))(*low))
-    kernel_gradient = jax.jit(lambda *arrays: with_gradients("native", (3, 1, 1))(*arrays)[2])
-    text = kernel_gradient.lower(images, kernel, gradient).compile().as_text()
-    assert re.findall(r'custom_call_target="(\w+)"', text) == ["plastic_jax_kernel_gradient"]
+
+    def loss(images, kernel):
+        return (gradient * conv("native")(images, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)).sum()
+
+    for wanted, results in ((0, r"f32\[3,7,8,3\]\S* f32\[3,3,3,0\]"), (1, r"f32\[0,7,8,3\]\S* f32\[3,3,3,5\]")):
+        text = jax.jit(jax.grad(loss, wanted)).lower(images, kernel).compile().as_text()
+        text = re.sub(r",? ?/\*index=\d+\*/", "", text).replace(", ", " ")
+        assert re.search(rf'\({results}[^\n]*custom_call_target="plastic_jax_backward"', text)
+
+
+def unit_of(convolve):
+    """As `convolution.unit`, written with plain operations and another convolution."""
+
+    def unit(images, kernel, norm, stride):
+        if norm is not None:
+            mean, factor, bias = norm[:, None, None, None]
+            images = jax.nn.relu((images - mean) * factor + bias)
+        pad = kernel.shape[0] // 2
+        out = convolve(images, kernel, (stride, stride), ((pad, pad), (pad, pad)))
+        return out, jnp.stack([out.mean((0, 1, 2)), out.var((0, 1, 2))])
+
+    return unit
+
+
+PLAIN_UNIT = unit_of(partial(lax.conv_general_dilated, dimension_numbers=NHWC))
+
+
+def unit_operands(kind, size, channels, outputs, batch, dtype):
+    draw = np.random.default_rng(0)
+    images = draw.normal(3, 1, (batch, *size, channels))
+    kernel = draw.normal(0, 1 / (kind[0] * channels**0.5), (kind[0], kind[0], channels, outputs))
+    norm = np.stack([draw.normal(3, 0.3, channels), draw.normal(1, 0.5, channels), draw.normal(0, 1, channels)])
+    return [jnp.asarray(a, dtype) for a in (images, kernel, norm)]
+
+
+def unit_loss(unit, stride, images, kernel, norm):
+    out, statistics = unit(images, kernel, norm, stride)
+    return jnp.sin(out).sum() + (jnp.tanh(statistics / 9) * jnp.arange(1, 1 + statistics.size).reshape(2, -1)).sum()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_equal_norm_relu_convolution_and_statistics(kind, dtype):
+    """With a norm and without; gradients come by way of the output and of its statistics."""
+    turn, stride = KINDS.index(kind), kind[2]
+    sizes = itertools.islice(itertools.cycle(NATIVE_SIZES), turn, turn + len(NATIVE_CHANNELS))
+    shapes = list(zip(sizes, NATIVE_CHANNELS, strict=True))[: 3 if dtype == "float32" else None]
+    with jax.enable_x64(True):
+        for n, (size, (channels, outputs)) in enumerate(shapes):
+            images, kernel, norm = unit_operands(kind, size, channels, outputs, (1, 2, 5)[n % 3], dtype)
+            for given in (norm, None):
+                both = (images, kernel, given)
+                which = (0, 1, 2) if n % 3 and given is not None else (0, 1)
+
+                def all_of(unit, *both):
+                    gradients = jax.grad(partial(unit_loss, unit, stride), which)(*both)  # noqa: B023
+                    return unit(*both, stride), gradients
+
+                actual = quick_jit(partial(all_of, unit))(*both)
+                wide = [None if a is None else a.astype(jnp.float64) for a in both]
+                expected = quick_jit(partial(all_of, PLAIN_UNIT))(*wide)
+                assert {a.dtype for a in jax.tree.leaves(actual)} == {jnp.dtype(dtype)}
+                actual = jax.tree.map(lambda a: a.astype(jnp.float64), actual)
+                assert_close(actual, expected, 2e-5 if dtype == "float32" else 1e-13)
+
+
+@needs_compiler
+def test_curvature_of_a_unit_equals_plain():
+    """Differentiated once more, forwards and backwards."""
+    with jax.enable_x64(True):
+        given = unit_operands((3, 1, 2), (7, 8), 3, 5, 4, "float64")
+        directions = [jnp.cos(7 * a) for a in given]
+
+        def products(unit, *given):
+            slope = jax.grad(partial(unit_loss, unit, 2), (0, 1, 2))
+            dot = lambda *x: sum(jnp.vdot(a, b) for a, b in zip(slope(*x), directions, strict=True))  # noqa: E731
+            return jax.jvp(slope, given, tuple(directions))[1], jax.grad(dot, (0, 1, 2))(*given)
+
+        actual, expected = (quick_jit(partial(products, u))(*given) for u in (unit, PLAIN_UNIT))
+        assert_close(actual, expected, 1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("other", ["none", "as it is", "normed"])
+def test_joins_equal_a_sum_of_norms_and_its_relu(other, dtype):
+    """Their values, gradients and curvature."""
+    with jax.enable_x64(True):
+        for size, channels, batch in [((8, 8), 8, 3), ((3, 5), 10, 2), ((2, 2), 33, 1), ((7, 7), 16, 5)]:
+            images, _, norm = unit_operands((1, 0, 1), size, channels, 1, batch, dtype)
+            more, _, more_norm = unit_operands((1, 0, 1), size, channels, 1, batch, dtype)
+            given = {
+                "none": (images, norm, None, None),
+                "as it is": (images, norm, jnp.sin(more), None),
+                "normed": (images, norm, jnp.sin(more), more_norm),
+            }[other]
+            which = tuple(i for i, a in enumerate(given) if a is not None)
+
+            def plain(images, norm, other, other_norm):
+                norm, other_norm = (None if a is None else a[:, None, None, None] for a in (norm, other_norm))
+                total = (images - norm[0]) * norm[1] + norm[2]
+                if other_norm is not None:
+                    other = (other - other_norm[0]) * other_norm[1] + other_norm[2]
+                return jax.nn.relu(total if other is None else total + other)
+
+            def all_of(join, *given):
+                slope = jax.grad(lambda *x: jnp.sin(3 * join(*x)).sum(), which)  # noqa: B023
+                push = tuple(None if a is None else jnp.cos(7 * a) for a in given)
+                return join(*given), slope(*given), jax.jvp(slope, given, push)[1]
+
+            actual = quick_jit(partial(all_of, joined))(*given)
+            assert {a.dtype for a in jax.tree.leaves(actual)} == {jnp.dtype(dtype)}
+            wide = [None if a is None else a.astype(jnp.float64) for a in given]
+            actual = jax.tree.map(lambda a: a.astype(jnp.float64), actual)
+            expected = quick_jit(partial(all_of, plain))(*wide)
+            assert_close(actual, expected, 2e-5 if dtype == "float32" else 1e-13)
+
+
+@needs_compiler
+def test_a_unit_hides_no_nan():
+    images, kernel, norm = unit_operands((3, 1, 1), (4, 4), 8, 8, 2, "float32")
+    out, statistics = unit(images.at[1, 2, 3, 5].set(jnp.nan), kernel, norm, 1)
+    assert not np.isfinite(out[1]).all() and np.isfinite(out[0]).all() and not np.isfinite(statistics).any()
 
 
 def test_native_is_refused_where_there_is_no_compiler(monkeypatch, tmp_path):
