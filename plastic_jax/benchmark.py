@@ -108,7 +108,7 @@ def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: 
 
 
 def short(point: Config, slots: int, devices: Sequence[Any], seconds: float) -> int:
-    """How many batches make a chunk of one epoch take about so long on a CPU at 100 GFLOP/s a core, 1 to 64; else BATCHES."""
+    """How many batches make an epoch of so long: BATCHES, but 1 to 64 on a CPU, from 100 GFLOP/s a core."""
     if devices[0].platform != "cpu":
         return BATCHES
     flops = costs.costs(point, SPECS[point.model]).step_flops * slots / len(devices)
@@ -350,15 +350,15 @@ def rows_of(
     others = [Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions]
     # On a CPU its convolutions take minutes a step.
     rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
-    for other in others:
-        if other != chosen:
-            few = other.block * len(devices) if _slow(point, other, devices) else several
-            rows.append(core_row(f"ours, {other}", point, other, few, devices))
+    rows += [core_row(f"ours, as chosen, up to {t} trials", point, chosen, t, devices) for t in trials if t != several]
     rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
     single = Candidate("map", chosen.convolution, 1)
     if len(devices) > 1:
         rows.append(core_row(f"ours, {single}, one trial a device", point, single, len(devices), devices))
-    rows += [core_row(f"ours, as chosen, up to {t} trials", point, chosen, t, devices) for t in trials if t != several]
+    for other in others:
+        if other != chosen:
+            few = other.block * len(devices) if _slow(point, other, devices) else several
+            rows.append(core_row(f"ours, {other}", point, other, few, devices))
     return rows
 
 

@@ -145,7 +145,8 @@ def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
         )  # fmt: skip
         colours = ["C0" if row["row"].startswith("ours") else "C1" if "pytorch" in row["row"] else "C7" for row in rows]
         axis.barh(names, values, color=colours, xerr=[low, high], error_kw={"lw": 1})
-        axis.set_xscale("log")
+        if max(values) > 20 * min(values):  # else bars from zero tell more
+            axis.set_xscale("log")
         axis.set_title(found["title"], loc="left")
         axis.set_xlabel("images/s over all trials [number of trials]; lines: slowest and fastest sample")
     for k, name in enumerate(panels):
@@ -156,7 +157,7 @@ def figure(results: list[dict[str, Any]], growth: dict[str, Any] | None) -> Any:
         axis.xaxis.set_minor_formatter(NullFormatter())
         what, _, of = name.partition("_of_")
         axis.set_xlabel(of)
-        axis.set_ylabel(what)
+        axis.set_ylabel("seconds to compile" if what == "compile" else what)
         exponent = growth["exponents"][name]  # pyright: ignore[reportOptionalSubscript]
         axis.set_title(f"~ {of}^{exponent:.2f}" if exponent is not None else "", fontsize=9)
     return drawn
