@@ -84,15 +84,28 @@ def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: 
 
     Returns:
       [B, H', W', O], and its statistics [2, O]: by channel the mean and the biased variance.
+
+    Raises:
+      ValueError: for a norm of another shape or type than the images ask for.
     """
+    _check(images_BHWC, norm_3C)
     images_BHWC, kernel_HWIO, norm = mended.vary_alike(
         images_BHWC, kernel_HWIO, _none(images_BHWC) if norm_3C is None else norm_3C
     )
     pad = (kernel_HWIO.shape[0] - 1) // 2
     kernel, pads = mended.without_unused_taps(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))
     if native.fits(images_BHWC, kernel, (stride, stride), pads):
-        return _unit(images_BHWC, kernel_HWIO, norm, stride, True)
+        return _unit(images_BHWC, kernel, norm, stride, True)
     return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: mended.convolve(*x, "products"))
+
+
+def _check(images_BHWC: Array, norm_3C: Array | None) -> None:
+    """The native calls read memory by these shapes and types."""
+    if norm_3C is None:
+        return
+    if norm_3C.shape != (3, images_BHWC.shape[-1]) or norm_3C.dtype != images_BHWC.dtype:
+        asked = f"{(3, images_BHWC.shape[-1])} of {images_BHWC.dtype}"
+        raise ValueError(f"a norm is {norm_3C.shape} of {norm_3C.dtype}; for these images it must be {asked}.")
 
 
 def _none(like: Array) -> Array:
@@ -217,6 +230,11 @@ def _of_norm(norm: Array, sums: Array) -> Array:
 
 def joined(images_BHWC: Array, norm_3C: Array, other_BHWC: Array | None, other_norm_3C: Array | None) -> Array:
     """ReLU of normed images plus others, normed where there is a norm for them; the gradient is `native`, in one go."""
+    _check(images_BHWC, norm_3C)
+    if other_BHWC is not None:
+        if (other_BHWC.shape, other_BHWC.dtype) != (images_BHWC.shape, images_BHWC.dtype):
+            raise ValueError(f"what is added is {other_BHWC.shape}, {other_BHWC.dtype}: not like the images.")
+        _check(other_BHWC, other_norm_3C)
     same = jnp.zeros_like(norm_3C).at[1].set(1)
     other = images_BHWC[:0] if other_BHWC is None else other_BHWC
     return _join(*mended.vary_alike(images_BHWC, norm_3C, other, same if other_norm_3C is None else other_norm_3C))

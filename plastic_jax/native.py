@@ -1,4 +1,4 @@
-"""The convolutions of `native_convolution.cc`, compiled for this machine at their first use, as torch.compile does.
+"""The operations of `native_convolution.cc`, compiled for this machine at their first use, as torch.compile does.
 
 The library is kept in the user's cache folder, under a name that holds all that it depends on.
 """
@@ -48,6 +48,7 @@ def fits(images_BHWC: Array, kernel_HWIO: Array, strides: Any, pads: Any) -> boo
     pad = (taps - 1) // 2
     return (
         kernel_HWIO.shape[:2] in ((1, 1), (3, 3))
+        and kernel_HWIO.shape[2] == images_BHWC.shape[3]
         and tuple(strides) in ((1, 1), (2, 2))
         and all(tuple(p) == (pad, pad) for p in pads)
         and images_BHWC.dtype == kernel_HWIO.dtype

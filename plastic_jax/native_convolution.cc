@@ -1,4 +1,4 @@
-// Convolutions for narrow nets on one CPU core, called from compiled JAX programs by XLA's foreign function interface.
+// Convolutions for narrow nets on one CPU core, with the norms, ReLUs, statistics and sums around them, called from compiled JAX programs by XLA's foreign function interface.
 //
 // Images are NHWC and kernels HWIO, so what a row of taps sees, a few pixels of C channels each, lies contiguous in
 // memory, and so does that row of the kernel. A loop over such a window, a value of it times a vector of outputs, with
@@ -494,7 +494,7 @@ template <typename F>
 ffi::Error Typed(ffi::DataType type, const F& run) {
   if (type == ffi::DataType::F32) return run(float()), ffi::Error::Success();
   if (type == ffi::DataType::F64) return run(double()), ffi::Error::Success();
-  return ffi::Error::InvalidArgument("the native convolution takes float32 and float64.");
+  return ffi::Error::InvalidArgument("the native operations take float32 and float64.");
 }
 
 using Buffer = ffi::AnyBuffer;

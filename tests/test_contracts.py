@@ -74,7 +74,7 @@ def test_resumed_equals_uninterrupted_at_every_chunk(axis):
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed():
-    """Neighbours, slots and devices at once; 4x4 images end as 1x1, which are not for native convolutions."""
+    """Neighbours, slots and devices at once; from 2x2 to 1x1 it falls back."""
     small = dict(model="resnet", width=3, depth=1, warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False)
     study, form = tiny.study(seeds=3, **small), Formulation("map", "native", 4)
     (whole,) = tiny.programs(study, form, 2)

@@ -305,6 +305,27 @@ def test_joins_equal_a_sum_of_norms_and_its_relu(other, dtype):
 
 
 @needs_compiler
+def test_native_calls_refuse_operands_that_do_not_belong_together():
+    """They would read what is not theirs."""
+    images, kernel, norm = unit_operands((3, 1, 1), (4, 4), 3, 5, 2, "float32")
+    with jax.enable_x64(True):
+        for wrong in (norm[:, :2], norm[:2], norm.astype(jnp.float64)):
+            with pytest.raises(ValueError, match="a norm is"):
+                unit(images, kernel, wrong, 1)
+            with pytest.raises(ValueError, match="a norm is"):
+                joined(images, wrong, None, None)
+            with pytest.raises(ValueError, match="a norm is"):
+                joined(images, norm, images, wrong)
+        with pytest.raises(ValueError, match="what is added is"):
+            joined(images, norm, images[:1], None)
+        for of_channels in (lambda k: unit(images, k, norm, 1), lambda k: unit(images, k, None, 1)):
+            with pytest.raises((ValueError, TypeError)):
+                of_channels(kernel[:, :, :2])
+        with pytest.raises((ValueError, TypeError)):
+            conv("native")(images, kernel[:, :, :2], (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)
+
+
+@needs_compiler
 def test_a_unit_hides_no_nan():
     images, kernel, norm = unit_operands((3, 1, 1), (4, 4), 8, 8, 2, "float32")
     out, statistics = unit(images.at[1, 2, 3, 5].set(jnp.nan), kernel, norm, 1)
