@@ -74,10 +74,11 @@ def _native_convolution(
 def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: int) -> tuple[Array, Array]:
     """A convolution of what comes out of a norm and a ReLU, and its own mean and variance: `native`, in one go.
 
-    Neither the norm's output nor its gradient are ever written to memory.
+    Then neither the norm's output nor its gradient are written to memory. What `native.fits` does not take is computed
+    in JAX's own operations.
 
     Args:
-      images_BHWC: float32 or float64.
+      images_BHWC: [B, H, W, C].
       kernel_HWIO: 3x3 with padding 1, or 1x1 without.
       norm_3C: mean, factor and bias: the images are first made ReLU(factor (images - mean) + bias); None for not.
       stride: 1 or 2.
@@ -229,7 +230,13 @@ def _of_norm(norm: Array, sums: Array) -> Array:
 
 
 def joined(images_BHWC: Array, norm_3C: Array, other_BHWC: Array | None, other_norm_3C: Array | None) -> Array:
-    """ReLU of normed images plus others, normed where there is a norm for them; the gradient is `native`, in one go."""
+    """ReLU of normed images plus others, normed where there is a norm for them; the gradient is `native`, in one go.
+
+    Raises:
+      ValueError: for other types than float32 and float64, or operands that do not belong together.
+    """
+    if images_BHWC.dtype not in ("float32", "float64"):
+        raise ValueError(f"the images are {images_BHWC.dtype}; they must be float32 or float64.")
     _check(images_BHWC, norm_3C)
     if other_BHWC is not None:
         if (other_BHWC.shape, other_BHWC.dtype) != (images_BHWC.shape, images_BHWC.dtype):

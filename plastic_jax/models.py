@@ -391,8 +391,8 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, state_dtype)
         x = x.astype(state_dtype)
         if train:
-            # Two passes: the mean of squares less the squared mean cancels in float32.
             if statistics is None:
+                # Two passes: the mean of squares less the squared mean cancels in float32.
                 mean = x.mean(axes)
                 var = jnp.square(x - _channels(mean, x)).mean(axes)
             else:

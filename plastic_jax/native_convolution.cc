@@ -1,4 +1,5 @@
-// Convolutions for narrow nets on one CPU core, with the norms, ReLUs, statistics and sums around them, called from compiled JAX programs by XLA's foreign function interface.
+// Convolutions for narrow nets on one CPU core, with the norms, ReLUs, statistics and sums around them; called from
+// compiled JAX programs by XLA's foreign function interface.
 //
 // Images are NHWC and kernels HWIO, so what a row of taps sees, a few pixels of C channels each, lies contiguous in
 // memory, and so does that row of the kernel. A loop over such a window, a value of it times a vector of outputs, with

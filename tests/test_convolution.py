@@ -316,6 +316,8 @@ def test_native_calls_refuse_operands_that_do_not_belong_together():
                 joined(images, wrong, None, None)
             with pytest.raises(ValueError, match="a norm is"):
                 joined(images, norm, images, wrong)
+        with pytest.raises(ValueError, match="must be float32 or float64"):
+            joined(images.astype(jnp.bfloat16), norm.astype(jnp.bfloat16), None, None)
         with pytest.raises(ValueError, match="what is added is"):
             joined(images, norm, images[:1], None)
         for of_channels in (lambda k: unit(images, k, norm, 1), lambda k: unit(images, k, None, 1)):
