@@ -10,7 +10,7 @@ then takes 0.66 of the time, with w = 16, batch 128, 0.78 (two cores with AVX-51
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,33 +39,17 @@ def conv(name: str) -> Callable[..., Array]:
         return lax.conv_general_dilated
     if name == "native":
         native.require("cpu")
-        return _native_convolution
+        return partial(mended.convolution, convolve=_native)
     if name in FORMULATIONS:
-        return partial(mended.mended_convolution, formulation=name)
+        return partial(mended.convolution, convolve=lambda *x: mended.differentiable(*x, name))
     raise InputError(f"convolution is {name!r}; it must be one of {', '.join(FORMULATIONS)}.")
 
 
-def _native_convolution(
-    images_BHWC: Array,
-    kernel_HWIO: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[mended.Pair],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
+def _native(
+    images_BHWC: Array, kernel_HWIO: Array, strides: tuple[int, ...], pads: tuple[mended.Pair, ...], precision: Any
 ) -> Array:
-    """As `mended.mended_convolution`."""
-    operands = mended.ordinary(
-        images_BHWC, kernel_HWIO, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-        feature_group_count, batch_group_count, preferred_element_type,
-    )  # fmt: skip
-    if not native.fits(*operands):
-        return mended.convolve(*operands, precision, "products")
-    images_BHWC, kernel_HWIO, strides, _ = operands
+    if not native.fits(images_BHWC, kernel_HWIO, strides, pads):
+        return mended.differentiable(images_BHWC, kernel_HWIO, strides, pads, precision, "products")
     images_BHWC, norm = mended.vary_alike(images_BHWC, _none(images_BHWC))
     out_BHWO, _ = _unit(images_BHWC, kernel_HWIO, norm, strides[0], False)
     return out_BHWO
@@ -97,7 +81,7 @@ def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: 
     kernel, pads = mended.without_unused_taps(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))
     if native.fits(images_BHWC, kernel, (stride, stride), pads):
         return _unit(images_BHWC, kernel, norm, stride, True)
-    return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: mended.convolve(*x, "products"))
+    return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: mended.differentiable(*x, "products"))
 
 
 def _check(images_BHWC: Array, norm_3C: Array | None) -> None:
@@ -137,7 +121,7 @@ def _written_out(
 
 # Of the mended convolution, what can be differentiated forwards, and what then is fast backwards.
 _JVP: Any = partial(mended.direct, formulation="mended")
-_VJP: Any = lambda *x: mended.convolve(*x, "mended")  # noqa: E731
+_VJP: Any = lambda *x: mended.differentiable(*x, "mended")  # noqa: E731
 
 
 # XLA knows no derivatives of the native calls: differentiated once more, they are the mended ones.

@@ -22,7 +22,7 @@ other, the strided input gradients as products, barriers between layers, other l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ _PIXELS = 4
 _SLICE = 8  # images whose kernel gradient is computed at a time
 
 
-def mended_convolution(
+def convolution(
     images_BHWC: Array,
     kernel_HWIO: Array,
     window_strides: Sequence[int],
@@ -49,9 +49,10 @@ def mended_convolution(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
-    formulation: str = "mended",
+    *,
+    convolve: Callable[[Array, Array, tuple[int, ...], tuple[Pair, ...], Any], Array],
 ) -> Array:
-    """`lax.conv_general_dilated` for NHWC images, with gradients in XLA's fast CPU layout.
+    """`lax.conv_general_dilated` for NHWC images, by another function with gradients of its own.
 
     Reverse mode only (`jax.grad`, `jax.vjp`, and `jax.jvp` *of* a gradient); a plain `jax.jvp`
     through it raises, as for every `jax.custom_vjp`.
@@ -64,37 +65,13 @@ def mended_convolution(
       lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
       preferred_element_type: only the values of an ordinary NHWC/HWIO convolution.
       precision: as for `lax.conv_general_dilated`, used for the gradients too.
-      formulation: `mended` or `products`.
+      convolve: gets images, the kernel without the taps that see nothing but padding, strides, pads and precision.
 
     Returns:
       [B, H', W', O] with H' = (H + low + high - h) // stride + 1.
 
     Raises:
       ValueError: for a dilated, grouped or otherwise laid out convolution.
-    """
-    operands = ordinary(
-        images_BHWC, kernel_HWIO, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-        feature_group_count, batch_group_count, preferred_element_type,
-    )  # fmt: skip
-    return convolve(*operands, precision, formulation)
-
-
-def ordinary(
-    images_BHWC: Array,
-    kernel_HWIO: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[Pair],
-    lhs_dilation: Sequence[int] | None,
-    rhs_dilation: Sequence[int] | None,
-    dimension_numbers: Any,
-    feature_group_count: int,
-    batch_group_count: int,
-    preferred_element_type: Any,
-) -> tuple[Array, Array, tuple[int, ...], tuple[Pair, ...]]:
-    """Images, kernel without the taps that see nothing but padding, strides and pads of an ordinary convolution.
-
-    Raises:
-      ValueError: for any other.
     """
     numbers = lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, _CANONICAL)
     ordinary = (
@@ -107,7 +84,7 @@ def ordinary(
     )
     if not ordinary:
         raise ValueError(
-            "the mended convolution takes NHWC images and an HWIO kernel, without dilation, groups "
+            "this convolution takes NHWC images and an HWIO kernel, without dilation, groups "
             "or preferred_element_type; use the plain one."
         )
     strides = tuple(window_strides)
@@ -115,7 +92,7 @@ def ordinary(
         padding = lax.padtype_to_pads(images_BHWC.shape[1:3], kernel_HWIO.shape[:2], strides, padding)
     images_BHWC, kernel_HWIO = vary_alike(images_BHWC, kernel_HWIO)
     kernel_HWIO, pads = without_unused_taps(images_BHWC, kernel_HWIO, strides, padding)
-    return images_BHWC, kernel_HWIO, strides, pads
+    return convolve(images_BHWC, kernel_HWIO, strides, pads, precision)
 
 
 def direct(
@@ -132,7 +109,7 @@ def direct(
     return _canonical(images_BHWC, kernel_HWIO, pads, strides=strides, precision=precision)
 
 
-convolve: Any = partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))(direct)
+differentiable: Any = partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))(direct)
 """That, with its gradients; reverse mode only."""
 
 
@@ -193,7 +170,7 @@ def _backward(
     return image_gradient_BHWC, kernel_gradient_IHWO.transpose(1, 2, 0, 3)
 
 
-convolve.defvjp(_forward, _backward)
+differentiable.defvjp(_forward, _backward)
 
 
 def _same(kernel_HWIO: Array, strides: Sequence[int], pads: Sequence[Pair]) -> bool:
