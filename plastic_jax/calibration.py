@@ -35,8 +35,8 @@ CLEARLY = 0.95
 """What another candidate's time must be below, in times of the rule's own, to be taken: less may be noise."""
 SECONDS, ROUNDS = 0.4, 5  # of a sample, and samples of each candidate
 _PACE = (  # the files that set it
-    *("convolution.py", "core.py", "mended.py", "models.py", "native.py", "native_convolution.cc", "optimisers.py"),
-    "trial_axis.py",
+    *("convolution.py", "core.py", "linear.py", "mended.py", "models.py", "native.h", "native.py"),
+    *("native_convolution.cc", "native_dense.cc", "optimisers.py", "trial_axis.py"),
 )
 _BATCHES = 4  # of the synthetic train set
 TESTS = 8
@@ -70,11 +70,12 @@ def choose(
       kind: the backend, as `jax.default_backend()`; another one is planned for by the rule.
       measure: whether to measure what is not remembered; False for a dry run.
     """
-    rule, *others = candidates(sweep, point.model, kind)
+    worth = flops >= WORTH.get(kind, WORTH_ELSEWHERE) and kind == jax.default_backend()
+    rule, *others = candidates(sweep, point.model, kind, worth)
     found = (rule, *(c for c in others if c.block <= max(leaves, rule.block)))
     if len(found) == 1:
         return Choice(found[0], "set" if "auto" not in (sweep.trial_axis, sweep.convolution) else "rule", {})
-    if flops < WORTH.get(kind, WORTH_ELSEWHERE) or kind != jax.default_backend():
+    if not worth:
         return Choice(found[0], "rule", {})
     file = backend.cache() / "calibration" / f"{_key(point, spec, found)}.json"
     remembered = _read(file, found)

@@ -51,7 +51,7 @@ class Core:
             classes=classes,
             convolution=convolution,
         )
-        self.optimiser = optimisers.build(point.optimizer, point.decoupled)
+        self.optimiser = optimisers.build(point.optimizer, point.decoupled, fused=convolution == "native")
         self.dtype = jnp.float64 if point.compute_dtype == "float64" else jnp.float32
 
     def init(self, seed: jax.Array) -> Tree:
@@ -205,13 +205,12 @@ class Core:
 
         (value, (logits, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state["params"])
         factor = optimisers.schedule_factor(self.point.schedule, state["step"], stage["steps"])
+        rate, finite = stage["learning_rate"] * factor, jnp.isfinite(value)
         params, opt = self.optimiser.update(
-            gradients, state["optimiser"], state["params"], stage["learning_rate"] * factor, stage["weight_decay"]
+            gradients, state["optimiser"], state["params"], rate, stage["weight_decay"], finite
         )
-        finite = jnp.isfinite(value)
+        stats = jax.tree.map(lambda a, b: jnp.where(finite, a, b), stats, state["batch_stats"])
         new = {"params": params, "batch_stats": stats, "optimiser": opt}
-        old = {name: state[name] for name in new}
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
         state = dict(new, step=state["step"] + 1, total=state["total"] + 1, diverged=~finite)
         sums = {

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from plastic_jax import convolution as convolutions
+from plastic_jax import linear
 from plastic_jax.config import COMPUTE_DTYPES, INITIALISATIONS, MODELS, NORMS
 from plastic_jax.errors import InputError
 
@@ -84,7 +85,7 @@ def build(
         if value not in allowed:
             raise InputError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}.")
     if model == "mlp":
-        return Mlp(width, depth, norm, initialisation, compute_dtype, classes)
+        return Mlp(width, depth, norm, initialisation, compute_dtype, classes, convolution)
     return ResNet(width, depth, norm, initialisation, compute_dtype, classes, convolution)
 
 
@@ -201,6 +202,7 @@ class Mlp(nn.Module):
     initialisation: str
     compute_dtype: str
     classes: int
+    convolution: str = "plain"
 
     @nn.compact
     def __call__(self, images_BHWC: Array, *, train: bool) -> Array:
@@ -212,6 +214,7 @@ class Mlp(nn.Module):
                 self.width,
                 self.norm,
                 self.compute_dtype,
+                self.convolution,
                 name=f"module_{layer}",
             )(x, train=train)
         return _head(self, f"module_{self.depth + 1}", x)
@@ -252,6 +255,7 @@ class _Hidden(nn.Module):
     width: int
     norm: str
     compute_dtype: str
+    convolution: str
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -261,6 +265,7 @@ class _Hidden(nn.Module):
             dtype=dtype,
             param_dtype=state_dtype,
             kernel_init=_DRAWN_BY_INIT,
+            dot_general=linear.dot(self.convolution),
             name="linear",
         )(x)
         return nn.relu(_normalise(self.norm, self.compute_dtype, "norm", x, train))

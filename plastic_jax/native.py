@@ -1,6 +1,7 @@
-"""The operations of `native_convolution.cc`, compiled for this machine at their first use, as torch.compile does.
+"""The operations of `native_convolution.cc` and `native_dense.cc`, compiled at their first use, as torch.compile does.
 
-The library is kept in the user's cache folder, under a name that holds all that it depends on.
+They are compiled for this machine, and kept in the user's cache folder under a name that holds all that the library
+depends on.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from jax import Array
 from plastic_jax import backend
 from plastic_jax.errors import InputError
 
-_SOURCE = Path(__file__).with_name("native_convolution.cc")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
-_HANDLERS = ("forward", "backward", "join")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native_convolution.cc", "native_dense.cc")]
+_HEADER = Path(__file__).with_name("native.h")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+_HANDLERS = ("forward", "backward", "join", "product", "adam")
 _SECONDS = 300  # that compiling may take
 
 
@@ -57,12 +59,21 @@ def fits(images_BHWC: Array, kernel_HWIO: Array, strides: Any, pads: Any) -> boo
     )
 
 
-def call(handler: str, operands: Sequence[Array], shapes: Sequence[tuple[int, ...]], **attributes: int) -> list[Array]:
-    """One of `_HANDLERS`: its results, of those shapes. An operand or result without values is none."""
+def call(
+    handler: str,
+    operands: Sequence[Array],
+    shapes: Sequence[tuple[int, ...]],
+    into: dict[int, int] | None = None,
+    **attributes: int,
+) -> list[Array]:
+    """One of `_HANDLERS`: its results, of those shapes. An operand or result without values is none.
+
+    `into` maps numbers of operands to the results that may take their place.
+    """
     require("cpu")
     one = jax.typeof(operands[0])  # inside a shard_map, all vary alike
     results = [one.update(shape=shape, weak_type=False) for shape in shapes]
-    target = jax.ffi.ffi_call(f"plastic_jax_{handler}", results, vmap_method="sequential")
+    target = jax.ffi.ffi_call(f"plastic_jax_{handler}", results, vmap_method="sequential", input_output_aliases=into)
     return list(target(*operands, **attributes))
 
 
@@ -93,13 +104,15 @@ def _compiled(compiler: str) -> Path:
         cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
     version = run([compiler, "--version"]).stdout
     known = (version, cpu, platform.machine(), importlib.metadata.version("jaxlib"), *_FLAGS)
-    key = hashlib.sha256("\n".join(known).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\n".join(known).encode() + b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
+    ).hexdigest()[:16]
     path = backend.cache() / "native" / f"{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_suffix(f".{os.getpid()}")  # other runs may be compiling the same
         try:
-            run([compiler, *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(own)])
+            run([compiler, *_FLAGS, "-I", jax.ffi.include_dir(), *map(str, _SOURCES), "-o", str(own)])
             own.replace(path)
         finally:
             own.unlink(missing_ok=True)

@@ -5,66 +5,14 @@
 // memory, and so does that row of the kernel. A loop over such a window, a value of it times a vector of outputs, with
 // the sums of 16 vectors in registers, is all there is to a convolution. The shapes alone set the order of summation.
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-#define UNROLL _Pragma("GCC unroll 16")
-
-namespace ffi = xla::ffi;
+#include "native.h"
 
 namespace {
-
-using Int = std::int64_t;
-
-// kWide pixels of two vectors of outputs, or 2 x kWide of one, are summed in registers at a time.
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kWide = 8;  // of 32 registers
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kWide = 4;  // of 16
-#else
-constexpr int kBytes = 16, kWide = 4;
-#endif
-constexpr int kHalf = kWide / 2;
-
-template <typename T>
-constexpr Int kLanes = kBytes / sizeof(T);
-
-template <typename T>
-struct Unaligned {
-  typedef T Vector __attribute__((vector_size(kBytes), aligned(4), may_alias));
-};
-template <typename T>
-using Vector = typename Unaligned<T>::Vector;
-
-template <typename T>
-Vector<T>& At(const T* p) { return *reinterpret_cast<Vector<T>*>(const_cast<T*>(p)); }
-
-Int RoundUp(Int n, Int to) { return (n + to - 1) / to * to; }
-
-// Memory that the thread keeps for its next call: fresh pages cost as much as a small convolution.
-enum Use { kImages, kGradient, kBorder, kKernel, kSums, kUses };
-
-template <typename T>
-T* Scratch(Use use, Int count) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> held[kUses];
-  thread_local Int sizes[kUses] = {};
-  const Int bytes = RoundUp(count * sizeof(T), 4096);
-  if (bytes > sizes[use]) {
-    held[use].reset(std::aligned_alloc(4096, bytes));
-    sizes[use] = bytes;
-  }
-  return static_cast<T*>(held[use].get());
-}
 
 struct Images {
   Int count, height, width, channels;
@@ -486,20 +434,6 @@ Images Shape(ffi::AnyBuffer buffer) {
   const auto sizes = buffer.dimensions();
   return {sizes[0], sizes[1], sizes[2], sizes[3]};
 }
-
-// An operand or result with no values is none.
-template <typename T>
-T* Data(ffi::AnyBuffer buffer) { return buffer.element_count() ? static_cast<T*>(buffer.untyped_data()) : nullptr; }
-
-template <typename F>
-ffi::Error Typed(ffi::DataType type, const F& run) {
-  if (type == ffi::DataType::F32) return run(float()), ffi::Error::Success();
-  if (type == ffi::DataType::F64) return run(double()), ffi::Error::Success();
-  return ffi::Error::InvalidArgument("the native operations take float32 and float64.");
-}
-
-using Buffer = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error CallForward(Buffer images, Buffer kernel, Buffer norm, Result out, Result statistics, Int stride, Int pad) {
   return Typed(images.element_type(), [&](auto zero) {

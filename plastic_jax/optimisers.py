@@ -15,6 +15,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from plastic_jax import native
 from plastic_jax.config import OPTIMIZERS, SCHEDULES
 from plastic_jax.errors import InputError
 
@@ -25,7 +26,7 @@ OptimiserState = Any
 """A pytree of arrays, stacked under `vmap` like the parameters."""
 
 
-def build(optimizer: str, decoupled: bool = False) -> Optimiser:
+def build(optimizer: str, decoupled: bool = False, fused: bool = False) -> Optimiser:
     """The optimiser of that name.
 
     With u the update and g the gradient, to which `weight_decay * p` was added unless
@@ -50,7 +51,7 @@ def build(optimizer: str, decoupled: bool = False) -> Optimiser:
     """
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}.")
-    return Optimiser(optimizer, decoupled)
+    return Optimiser(optimizer, decoupled, fused)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Optimiser:
 
     optimizer: str
     decoupled: bool = False
+    fused: bool = False
 
     @property
     def transformation(self) -> optax.GradientTransformation:
@@ -82,6 +84,7 @@ class Optimiser:
         params: Params,
         learning_rate: ArrayLike,
         weight_decay: ArrayLike,
+        go: ArrayLike = True,
     ) -> tuple[Params, OptimiserState]:
         """One step.
 
@@ -91,10 +94,14 @@ class Optimiser:
           params: all of them are decayed, biases and scales too, as in PyTorch.
           learning_rate: scalar, of this step.
           weight_decay: scalar; 0 for none.
+          go: scalar; False leaves parameters and state as they are.
 
         Returns:
           The new parameters, with their types unchanged, and the new state.
         """
+
+        if self.fused and self.optimizer == "adam":
+            return self._fused_adam(grads, opt_state, params, learning_rate, weight_decay, go)
 
         def decay(step: Array, param: Array) -> Array:
             return step + jnp.asarray(weight_decay, param.dtype) * param
@@ -104,10 +111,34 @@ class Optimiser:
 
         if not self.decoupled:
             grads = jax.tree.map(decay, grads, params)
-        steps, opt_state = self.transformation.update(grads, opt_state, params)
+        steps, new_state = self.transformation.update(grads, opt_state, params)
         if self.decoupled:
             steps = jax.tree.map(decay, steps, params)
-        return jax.tree.map(apply, params, steps), opt_state
+        new = jax.tree.map(apply, params, steps), new_state
+        return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, (params, opt_state))
+
+    def _fused_adam(
+        self,
+        grads: Params,
+        opt_state: OptimiserState,
+        params: Params,
+        learning_rate: ArrayLike,
+        weight_decay: ArrayLike,
+        go: ArrayLike,
+    ) -> tuple[Params, OptimiserState]:
+        """Adam in one pass over memory, where XLA makes several."""
+        trees = grads, params, opt_state.mu, opt_state.nu
+        leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
+        each, dtype = len(leaves) // 4, leaves[0].dtype
+        count = optax.safe_increment(opt_state.count)
+        coupled, decoupled = (0.0, weight_decay) if self.decoupled else (weight_decay, 0.0)
+        unbias = [1 / (1 - jnp.asarray(b, dtype) ** count) for b in (0.9, 0.999)]
+        numbers = jnp.stack([jnp.asarray(x, dtype) for x in (go, learning_rate, coupled, decoupled, *unbias)])
+        into = {1 + each + n: n for n in range(3 * each)}
+        new = native.call("adam", (numbers, *leaves), [leaf.shape for leaf in leaves[each:]], into)
+        structure = jax.tree.structure(params)
+        params, mu, nu = (jax.tree.unflatten(structure, new[k * each : (k + 1) * each]) for k in range(3))
+        return params, opt_state._replace(count=jnp.where(go, count, opt_state.count), mu=mu, nu=nu)
 
 
 def schedule_factor(schedule: str, step: ArrayLike, total_steps: ArrayLike) -> Array:

@@ -56,12 +56,13 @@ class Candidate:
         return f"{self.trial_axis}({self.block})/{self.convolution}" if self.block > 1 else f"map/{self.convolution}"
 
 
-def candidates(sweep: Sweep, model: str, backend: str) -> tuple[Candidate, ...]:
+def candidates(sweep: Sweep, model: str, backend: str, measured: bool = True) -> tuple[Candidate, ...]:
     """What there is to choose from, the one that is taken unmeasured first; what the user has set is kept to.
 
     On a CPU trials go one after another, and convolutions are compiled by the machine's C++ compiler, or have gradients
-    for XLA's loops where there is none. Elsewhere nothing has been measured yet: MLPs are batched, convolutional nets
-    run one after another with XLA's own convolution.
+    for XLA's loops where there is none. An MLP's layers are so only where that was `measured` to pay, as a short run is
+    over before they are compiled. Elsewhere nothing has been measured yet: MLPs are batched, convolutional nets run one
+    after another with XLA's own convolution.
 
     Raises:
       InputError: where native convolutions are asked for, and cannot be had.
@@ -77,11 +78,14 @@ def candidates(sweep: Sweep, model: str, backend: str) -> tuple[Candidate, ...]:
         convolutions = ["plain"] if mlp else ["plain", "products"]
     if sweep.trial_axis != "auto":
         axes = [a for a in axes if a[0] == sweep.trial_axis] or [(sweep.trial_axis, BLOCKS[sweep.trial_axis])]
-    if sweep.convolution == "native" and not mlp:
+    if sweep.convolution == "native":
         native.require(backend)
     if sweep.convolution != "auto":
         convolutions = [sweep.convolution]
-    return tuple(Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions)
+    found = tuple(Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions)
+    if measured and cpu and mlp and sweep.convolution == "auto" and axes[0][0] == "map":
+        found += (Candidate("map", "native", 1),) * native.available()
+    return found
 
 
 def formulation(

@@ -73,9 +73,10 @@ def test_resumed_equals_uninterrupted_at_every_chunk(axis):
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
-def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed():
-    """Neighbours, slots and devices at once; from 2x2 to 1x1 it falls back."""
-    small = dict(model="resnet", width=3, depth=1, warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False)
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed(model):
+    """Neighbours, slots and devices at once; a ResNet's images go from 2x2 to 1x1, where it falls back."""
+    small = dict(model=model, width=3, depth=1, warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False)
     study, form = tiny.study(seeds=3, **small), Formulation("map", "native", 4)
     (whole,) = tiny.programs(study, form, 2)
     whole.step()
@@ -100,12 +101,13 @@ def test_a_run_with_snapshots_equals_one_without(reference):
     tiny.same(reference, tiny.table(study, [run]))
 
 
-def test_formulations_and_devices_agree_in_float64():
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_formulations_and_devices_agree_in_float64(model):
     """20 steps within 1e-10; the random draws bit for bit."""
     jax.config.update("jax_enable_x64", True)
     try:
         study = tiny.study(
-            compute_dtype="float64", model="resnet", width=2, depth=1, warm_start_epochs=(0,), tuning_epochs=4,
+            compute_dtype="float64", model=model, width=2, depth=1, warm_start_epochs=(0,), tuning_epochs=4,
             metric_epochs=1, batch_size=10, label_noise=0.3, seeds=2,
         )  # fmt: skip
         tables, draws = [], []
@@ -243,11 +245,20 @@ def test_the_state_is_donated():
 # 6. One bad trial hurts no other.
 
 
-@pytest.mark.parametrize("axis", ["map", "vmap"])
-def test_a_diverging_neighbour_changes_nothing(axis):
-    study = tiny.study(learning_rate=(0.01, 1e30), norm="none", optimizer="sgd")
-    both = tiny.trained(study, axis, 8)
-    good = tiny.trained(tiny.study(learning_rate=(0.01,), norm="none", optimizer="sgd"), axis, 8)
+@pytest.mark.parametrize(
+    ("axis", "convolution", "optimizer"),
+    [
+        ("map", "plain", "sgd"),
+        ("vmap", "plain", "sgd"),
+        pytest.param(
+            "map", "native", "adam", marks=pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+        ),
+    ],
+)
+def test_a_diverging_neighbour_changes_nothing(axis, convolution, optimizer):
+    fields = dict(norm="none", optimizer=optimizer)
+    both = tiny.trained(tiny.study(learning_rate=(0.01, 1e30), **fields), axis, 8, convolution=convolution)
+    good = tiny.trained(tiny.study(learning_rate=(0.01,), **fields), axis, 8, convolution=convolution)
     bad = both[both.learning_rate == 1e30]
     assert not good.diverged.any() and good.train_loss.notna().all()
     kept = both[both.learning_rate == 0.01]

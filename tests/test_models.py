@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from plastic_jax import models
+from plastic_jax import models, native
 from plastic_jax.errors import InputError
 
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 FIXTURES = Path(__file__).parent / "fixtures"
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 NETWORKS = sorted(path.stem for path in FIXTURES.glob("*_*.npz"))
 
 
@@ -77,7 +78,13 @@ def test_fixtures_cover_both_models_and_all_norms():
 @pytest.mark.parametrize(
     ("name", "dtype", "convolution", "tolerance"),
     [(name, "float64", "mended" if name == "resnet_none" else "plain", 1e-11) for name in NETWORKS]
-    + [(name, "float32", "mended", 5e-5) for name in ("mlp_batch", "mlp_layer")],
+    + [(name, "float32", "mended", 5e-5) for name in ("mlp_batch", "mlp_layer")]
+    + [
+        pytest.param(name, dtype, "native", tolerance, marks=needs_compiler)
+        for name in NETWORKS
+        for dtype, tolerance in (("float64", 1e-11), ("float32", 5e-5))
+        if name.startswith("mlp")
+    ],
 )
 def test_equals_pytorch(name, dtype, convolution, tolerance):
     """Logits, loss, every gradient and the new running statistics, in both modes."""

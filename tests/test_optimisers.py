@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plastic_jax import optimisers
+from plastic_jax import native, optimisers
 from plastic_jax.errors import InputError
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "optimisers.npz")
 RUNS = [name for name in FIXTURE.files if "/" in name]
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 
 
 def run(optimiser, params, grads, rates, weight_decay):
@@ -32,10 +33,14 @@ def test_fixture_holds_every_optimiser():
 
 # In float32, Optax's 1 - .999^t alone is off by 1e-5 at t = 1; a step of Adam is at most 0.03.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
-@pytest.mark.parametrize("name", RUNS)
-def test_twenty_steps_equal_pytorchs(name, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [(name, False) for name in RUNS]
+    + [pytest.param(name, True, marks=needs_compiler) for name in RUNS if name.startswith("adam")],
+)
+def test_twenty_steps_equal_pytorchs(name, fused, dtype, tolerance):
     spelled, weight_decay = name.split("/")
-    optimiser = optimisers.build(spelled.split("_")[0], decoupled="_" in spelled)
+    optimiser = optimisers.build(spelled.split("_")[0], decoupled="_" in spelled, fused=fused)
     with jax.enable_x64(dtype == "float64"):
         params, grads, rates = (jnp.asarray(FIXTURE[key], dtype) for key in ("params", "grads", "rates"))
         after = jax.jit(run, static_argnums=0)(optimiser, params, grads, rates, jnp.asarray(float(weight_decay), dtype))
@@ -97,6 +102,45 @@ def test_trials_with_their_own_hyperparameters_share_a_program(name, decoupled):
     assert len(traces) == 1
     # A rate of zero leaves the parameters where they are.
     np.testing.assert_array_equal(stacked[2], np.broadcast_to(params[2], (5, 4)))
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("name", optimisers.OPTIMIZERS)
+def test_without_a_go_nothing_changes(name, fused):
+    """Not a bit, although the gradient is no number; and the step after is as if it had not been."""
+    optimiser = optimisers.build(name, fused=fused)
+    random = np.random.default_rng(2)
+    params = {"a": jnp.asarray(random.standard_normal((7, 5)), jnp.float32), "b": jnp.ones(3), "c": jnp.ones((0, 2))}
+    update = jax.jit(optimiser.update)
+    before = update(params, optimiser.init(params), params, 0.1, 0.1)  # any gradient does
+    nans = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    params, state = before
+    stopped = update(nans, state, params, 0.1, 0.1, False)
+    assert jax.tree.structure(stopped) == jax.tree.structure(before)
+    for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(update(nans, state, params, 0.1, 0.1)[0]))
+
+
+@needs_compiler
+def test_fused_adam_is_one_call_that_copies_nothing():
+    """Parameters and moments are updated in place."""
+    optimiser = optimisers.build("adam", fused=True)
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones(64)}
+
+    def steps(params, state):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.tree.map(lambda leaf: 2 * leaf, params)
+            return optimiser.update(grads, state, params, 0.1, 0.1), None
+
+        return jax.lax.scan(step, (params, state), None, 3)[0]
+
+    lowered = jax.jit(steps, donate_argnums=(0, 1)).lower(params, optimiser.init(params))
+    text = lowered.compile().as_text()
+    assert text.count('custom_call_target="plastic_jax_adam"') == 1
+    assert "f32[64,64]{1,0} copy(" not in text
 
 
 def test_types_survive_x64():

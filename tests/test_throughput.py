@@ -35,7 +35,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_a_short_run_takes_the_rules_formulation_unmeasured():
     choice = calibration.choose(AUTO, SMALL, SPEC, 1.0, "cpu", leaves=9, measure=True)
-    assert (choice.source, choice.milliseconds) == ("rule", {})
+    assert (choice.source, choice.milliseconds) == ("rule", {}) and str(choice.candidate) == "map/plain"
     assert choice.candidate == candidates(AUTO, "mlp", "cpu")[0]
     assert not backend.cache().exists()
 
@@ -61,7 +61,7 @@ def test_a_damaged_memory_is_measured_anew(damage):
 
 
 def test_the_fastest_is_taken_only_where_it_is_clearly_faster():
-    rule, other = candidates(AUTO, "mlp", "cpu")
+    rule, other, *_ = candidates(AUTO, "mlp", "cpu")
     for factor, taken in ((0.96, rule), (0.9, other), (1.5, rule)):
         assert calibration.best((rule, other), {str(rule): 1.0, str(other): factor}) == taken
 
