@@ -45,6 +45,7 @@ def build(optimizer: str, decoupled: bool = False, fused: bool = False) -> Optim
       optimizer: one of `OPTIMIZERS`.
       decoupled: subtract `learning_rate * weight_decay * p` beside the update instead of adding
         `weight_decay * p` to the gradient; with `adam` it is AdamW (Loshchilov & Hutter 2019).
+      fused: compute Adam's update in one `native` pass over memory, equal up to rounding; the others are as without.
 
     Raises:
       InputError: for another name.
