@@ -228,7 +228,7 @@ def tf32() -> bool:
 
 
 def yardsticks(devices: Sequence[Any], dtype: str) -> dict[str, Callable[[], float]]:
-    """Functions that measure FLOP/s of a large matrix product and bytes/s of a copy, all devices together."""
+    """Functions that measure FLOP/s of a large matrix product and bytes/s read and written, all devices together."""
     cpu = devices[0].platform == "cpu"
     over = trial_axis.mesh(devices)
     side, copied = (1024, 2**24) if cpu else (8192, 2**28)
@@ -236,24 +236,29 @@ def yardsticks(devices: Sequence[Any], dtype: str) -> dict[str, Callable[[], flo
     matrices = trial_axis.sharded(square, over).astype(jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
     vectors = trial_axis.sharded(np.ones((len(devices), copied), np.float32), over)
 
-    def spread(function: Callable) -> Callable:
+    def spread(function: Callable, **options: Any) -> Callable:
         along = jax.sharding.PartitionSpec("trials")
-        return jax.jit(jax.shard_map(function, mesh=over, in_specs=along, out_specs=along))
+        return jax.jit(jax.shard_map(function, mesh=over, in_specs=along, out_specs=along), **options)
 
-    multiply, copy = spread(lambda m: m @ m), spread(lambda v: v * 1.5)
+    # In place, since memory fresh from the kernel has half the rate.
+    multiply, negate = spread(lambda m: m @ m), spread(lambda v: -v, donate_argnums=0)
 
-    def rate(function: Callable, argument: Any, amount: float) -> float:
-        # The fastest of several: what the device can do. A copy into memory fresh from the kernel has half the rate.
-        seconds = []
+    def copy() -> None:
+        nonlocal vectors
+        vectors = negate(vectors)
+
+    def rate(call: Callable[[], Any], amount: float) -> float:
+        seconds = []  # the fastest of several is what the device can do
         for _ in range(6):
             begin = time.perf_counter()
-            jax.block_until_ready([function(argument) for _ in range(4)])
+            calls = [call() for _ in range(4)]
+            jax.block_until_ready((calls, vectors))
             seconds.append(time.perf_counter() - begin)
         return 4 * amount / min(seconds)
 
     return {
-        "matmul_flops": lambda: rate(multiply, matrices, 2 * side**3 * len(devices)),
-        "copy_bytes": lambda: rate(copy, vectors, 2 * 4 * copied * len(devices)),
+        "matmul_flops": lambda: rate(lambda: multiply(matrices), 2 * side**3 * len(devices)),
+        "copy_bytes": lambda: rate(copy, 2 * 4 * copied * len(devices)),
     }
 
 

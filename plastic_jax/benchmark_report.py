@@ -53,7 +53,8 @@ def markdown(found: dict[str, Any]) -> str:
     said = [
         f"{found['device']}; all rows compute in {dtype}"
         + (f", TF32 {'on' if found['tf32'] else 'off'} on both sides." if gpu and dtype == "float32" else "."),
-        f"Matmul rate {rate('matmul_flops', 0)} GFLOP/s ({dtype}), copy rate {rate('copy_bytes', 1)} GB/s.",
+        f"Matmul rate {rate('matmul_flops', 0)} GFLOP/s ({dtype}), "
+        f"rate of memory, read and written in place, {rate('copy_bytes', 1)} GB/s.",
         f"A step has {found['step_flops'] / 1e9:.3g} GFLOP, without the taps outside the image; {_check(found)}",
         "Utilisation counts all taps, as is usual: "
         f"{found['padded_step_flops'] / found['batch_size'] / 1e9:.3g} GFLOP an image.",

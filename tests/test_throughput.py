@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -178,6 +179,16 @@ def test_a_table_compares_one_dtype():
     assert benchmark.torch_work(given, cpu=True).dtype == "bfloat16"
     with pytest.raises(InputError, match="float64"):
         benchmark.networks({"compute_dtype": "float64"}, gpu=False)
+
+
+def test_the_rate_of_memory_is_measured_in_memory_that_is_there():
+    """By counting: a page fresh from the kernel costs as much as reading and writing it."""
+    copy = benchmark.yardsticks(jax.local_devices()[:2], "float32")["copy_bytes"]
+    copy()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert copy() > 1e8
+    # Of the 32768 pages that two devices read and write.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
 
 
 @pytest.mark.parametrize(("setting", "on"), [(None, True), ("tensorfloat32", True), ("highest", False)])
