@@ -20,6 +20,8 @@ _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
 def dot(name: str) -> Callable[..., Array]:
     """The product for `flax.linen.Dense(dot_general=...)`: `lax.dot_general`, or with `native` that of the same values.
 
+    That one is for reverse mode, and forwards over it, as every `custom_vjp`.
+
     Args:
       name: one of `convolution.FORMULATIONS`.
 

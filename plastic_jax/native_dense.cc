@@ -77,7 +77,7 @@ void Adam(Int count, const T* numbers, const T* gradient, const T* old_param, co
   if (numbers[0] == T(0)) return keep(param, old_param), keep(mean, old_mean), keep(square, old_square);
   _Pragma("GCC ivdep") for (Int i = 0; i < count; ++i) {
     const T p = old_param[i], g = gradient[i] + coupled * p;
-    const T m = T(0.9) * old_mean[i] + T(1 - 0.9) * g, s = T(0.999) * old_square[i] + T(1 - 0.999) * g * g;
+    const T m = T(0.9) * old_mean[i] + T(1 - 0.9) * g, s = T(0.999) * old_square[i] + T(1 - 0.999) * (g * g);
     mean[i] = m, square[i] = s;
     param[i] = p - rate * (m * of_mean / (std::sqrt(s * of_square) + T(1e-8)) + decoupled * p);
   }

@@ -127,10 +127,17 @@ class Optimiser:
         weight_decay: ArrayLike,
         go: ArrayLike,
     ) -> tuple[Params, OptimiserState]:
-        """Adam in one pass over memory, where XLA makes several."""
+        """Adam in one pass over memory, where XLA makes several.
+
+        Raises:
+          ValueError: for gradients, parameters and moments of unlike shapes or types, or of other types.
+        """
         trees = grads, params, opt_state.mu, opt_state.nu
         leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
         each, dtype = len(leaves) // 4, leaves[0].dtype
+        alike = [(leaf.shape, leaf.dtype) for leaf in leaves] == 4 * [(leaf.shape, dtype) for leaf in leaves[:each]]
+        if not alike or dtype not in ("float32", "float64"):  # the native call reads memory by these
+            raise ValueError("gradients, parameters and moments must be of the same shapes, all float32 or float64.")
         count = optax.safe_increment(opt_state.count)
         coupled, decoupled = (0.0, weight_decay) if self.decoupled else (weight_decay, 0.0)
         unbias = [1 / (1 - jnp.asarray(b, dtype) ** count) for b in (0.9, 0.999)]

@@ -143,6 +143,32 @@ def test_fused_adam_is_one_call_that_copies_nothing():
     assert "f32[64,64]{1,0} copy(" not in text
 
 
+@needs_compiler
+def test_fused_adam_overflows_where_optax_does():
+    """Not sooner or later: the square of a gradient decides whether its parameter ever moves again."""
+    for gradient in (1e18, 1e19, 2e19, 1e21, np.inf, np.nan):
+        grads, params = jnp.full(20, gradient, jnp.float32), jnp.ones(20)
+        plain, fused = (
+            jax.jit(o.update)(grads, o.init(params), params, 0.1, 0.0)
+            for o in (optimisers.build("adam"), optimisers.build("adam", fused=True))
+        )
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "grads", [{"a": np.ones(1, "f")}, {"a": np.ones(9, "f")}, {"a": jnp.ones(5, jnp.bfloat16)}, {"a": np.ones(5, int)}]
+)
+def test_fused_adam_refuses_what_does_not_belong_together(grads):
+    optimiser, params = optimisers.build("adam", fused=True), {"a": jnp.ones(5)}
+    with pytest.raises(ValueError, match="same shapes, all float32"):
+        optimiser.update(grads, optimiser.init(params), params, 0.1, 0.0)
+    low = {"a": jnp.ones(5, jnp.bfloat16)}
+    with pytest.raises(ValueError, match="float32 or float64"):
+        optimiser.update(low, optimiser.init(low), low, 0.1, 0.0)
+
+
 def test_types_survive_x64():
     with jax.enable_x64(True):
         params = jnp.ones(3, jnp.float32)
