@@ -381,7 +381,7 @@ def compare(
     checked = flops_check(point)
     rows: list[Row] = []
     left_out = [] if python else ["PyTorch's rows (there is no PyTorch)"]
-    found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend())
+    found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend(), measured=True)
     measured = calibration.measure_all(point, SPECS[point.model], found) if len(found) > 1 else {}
     chosen = calibration.best(found, measured)
 

@@ -88,7 +88,7 @@ class Config:
     keep: str = _field("none", "run", "models kept for `plastic_jax.load`: none, at trials' ends, or at every stage's end", choices=("none", "ends", "stages"))
     checkpoint_minutes: float = _field(5.0, "run", "minutes between checkpoints", above=0.0)
     trial_axis: str = _field("auto", "run", "how trials share a device: batched by vmap, one after another (map), a few written out side by side (unroll), or auto: measured before a long run, by rule before a short one", choices=("auto", "vmap", "map", "unroll"))
-    convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended or products (both fast inside a CPU's loops), native (compiled by this machine's C++ compiler, for a CPU; an MLP's layers too, and Adam), or auto", choices=("auto", "plain", "mended", "products", "native"))
+    convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended or products (both fast inside a CPU's loops), native (compiled by this machine's C++ compiler, for a CPU; an MLP's hidden layers too, and Adam), or auto", choices=("auto", "plain", "mended", "products", "native"))
     trials_per_device: int = _field(0, "run", "trials side by side on one device; 0 = chosen from the model and the memory", low=0)
     # fmt: on
 

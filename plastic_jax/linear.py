@@ -1,6 +1,8 @@
 """The product of a linear layer, which `native` computes in `native_dense.cc` on a CPU.
 
-Of a narrow layer and a batch of tens, XLA's products spend much of their time on packing operands.
+With the products of hidden layers and Adam's update (`optimisers.py`) computed there, a step of an MLP of 2 x 100 takes
+0.45 (batch 32) and 0.73 (batch 128) of the time, of 2 x 256 0.53 and 0.71; with the update alone 0.63 to 0.87 (two
+cores with AVX-512, 2026-11-25). The head, of ten columns, is left to XLA.
 """
 
 from __future__ import annotations
@@ -75,7 +77,6 @@ def _linear_fwd(inputs: Array, kernel: Array) -> Any:
 
 def _linear_bwd(saved: Any, gradient: Array) -> Any:
     inputs, kernel = saved
-    gradient, inputs, kernel = mended.vary_alike(gradient, inputs, kernel)
     return _product(gradient, kernel, False, True), _product(inputs, gradient, True, False)
 
 

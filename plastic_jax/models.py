@@ -70,7 +70,7 @@ def build(
       compute_dtype: one of `COMPUTE_DTYPES`. Parameters, statistics and logits are float32, with
         `float64` all of it float64 (for verification; needs `jax_enable_x64`).
       classes: number of logits.
-      convolution: one of `plastic_jax.convolution.FORMULATIONS`; an MLP's layers are `native`, or else XLA's own.
+      convolution: one of `plastic_jax.convolution.FORMULATIONS`; an MLP's hidden layers are `native`, or XLA's.
 
     Raises:
       InputError: for a name that is none of the above.

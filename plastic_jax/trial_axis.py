@@ -56,13 +56,13 @@ class Candidate:
         return f"{self.trial_axis}({self.block})/{self.convolution}" if self.block > 1 else f"map/{self.convolution}"
 
 
-def candidates(sweep: Sweep, model: str, backend: str, measured: bool = True) -> tuple[Candidate, ...]:
+def candidates(sweep: Sweep, model: str, backend: str, measured: bool = False) -> tuple[Candidate, ...]:
     """What there is to choose from, the one that is taken unmeasured first; what the user has set is kept to.
 
     On a CPU trials go one after another, and convolutions are compiled by the machine's C++ compiler, or have gradients
-    for XLA's loops where there is none. An MLP's layers are so only where that was `measured` to pay, as a short run is
-    over before they are compiled. Elsewhere nothing has been measured yet: MLPs are batched, convolutional nets run one
-    after another with XLA's own convolution.
+    for XLA's loops where there is none. An MLP's layers are so only where it is to be `measured` if that pays, as a
+    short run is over before they are compiled. Elsewhere nothing has been measured yet: MLPs are batched, convolutional
+    nets run one after another with XLA's own convolution.
 
     Raises:
       InputError: where native convolutions are asked for, and cannot be had.

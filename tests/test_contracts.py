@@ -1,11 +1,13 @@
 """The contracts of a run, each with the equality that it names (README, Contracts)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from plastic_jax import native, plan, results, sampler
+from plastic_jax import core, native, plan, results, sampler
+from plastic_jax.config import Config
 from plastic_jax.errors import InputError
 from plastic_jax.trial_axis import Formulation
 
@@ -269,6 +271,27 @@ def test_a_diverging_neighbour_changes_nothing(axis, convolution, optimizer):
     assert bad[bad.diverged][["train_loss", "test_accuracy", "test_loss", "fit_accuracy"]].isna().all(axis=None)
     last = bad.groupby("trial").tail(1)
     assert last.diverged.all(), "a diverged trial has no later rows"
+
+
+@pytest.mark.parametrize(
+    "convolution", ["plain", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no C++"))]
+)
+def test_a_step_with_an_infinite_loss_leaves_all_as_it_was(convolution):
+    """Parameters, moments and statistics to the last bit; the step is counted, and the trial marked."""
+    point, data = Config(model="mlp", width=6, depth=1, norm="batch", batch_size=4), tiny.dataset()
+    one = core.Core(point, tiny.SPEC.shape, tiny.SPEC.classes, convolution)
+    state = {k: v for k, v in one.init(jnp.uint32(0)).items() if k not in ("epoch", "done")}
+    state["params"]["module_2"]["bias"] = jnp.array([jnp.inf, 0.0, 0.0, 0.0, 0.0])
+    trial = {
+        "stage": {"learning_rate": 0.1, "weight_decay": 0.1, "steps": 10},
+        "sample": {"ids": jnp.arange(50), "labels": jnp.asarray(data.train_labels)},
+    }
+    sums = {"loss": jnp.zeros(()), "correct": jnp.int32(0), "count": jnp.int32(0)}
+    after, _ = jax.jit(one._step)(state, sums, trial, jnp.arange(4), core.resident(data))
+    assert after["diverged"] and after["step"] == 1
+    for name in ("params", "optimiser", "batch_stats"):
+        for a, b in zip(jax.tree.leaves(after[name]), jax.tree.leaves(state[name]), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 # 3. Stages that end by accuracy.

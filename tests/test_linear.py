@@ -57,8 +57,8 @@ def test_equals_numpy(shape, dtype, tolerance):
 
 
 @needs_compiler
-def test_it_reads_and_writes_nothing_but_its_operands():
-    """A NaN stays in its row and column; what lies around an operand in memory does not show."""
+def test_a_nan_stays_in_its_row_and_column_and_in_no_scratch():
+    """Of a wide kernel, and of one that is narrower than a vector, which is copied first."""
     x, kernel, _ = operands((9, 6, 21), "float32")
     dot = jax.jit(lambda x, kernel: linear.dot("native")(x, kernel, LAYER))
     clean = dot(x, kernel)
@@ -67,6 +67,9 @@ def test_it_reads_and_writes_nothing_but_its_operands():
     assert found[4].all() and not np.delete(found, 4, 0).any()
     found = np.isnan(dot(x, kernel.at[2, 20].set(jnp.nan)))
     assert found[:, 20].all() and not found[:, :20].any()
+    narrow = dot(x, kernel[:, :3])
+    assert np.isnan(dot(x, kernel[:, :3] * jnp.nan)).all()
+    assert (dot(x, kernel[:, :3]) == narrow).all() and (dot(x, kernel) == clean).all()
 
 
 @needs_compiler
