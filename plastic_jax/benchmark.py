@@ -343,9 +343,14 @@ def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
 
 
 def rows_of(
-    point: Config, chosen: Candidate, trials: Sequence[int], python: str | None, devices: Sequence[Any]
+    point: Config,
+    chosen: Candidate,
+    found: Sequence[Candidate],
+    trials: Sequence[int],
+    python: str | None,
+    devices: Sequence[Any],
 ) -> list[Row]:
-    """The rows for one network, the most telling first."""
+    """The rows for one network, the most telling first; `found`: what was chosen from."""
     cpu = devices[0].platform == "cpu"
     several = max(t for t in trials if t <= 16) if min(trials) <= 16 else min(trials)
     rows = [core_row(f"ours, as chosen ({chosen})", point, chosen, several, devices)]
@@ -363,7 +368,7 @@ def rows_of(
     single = Candidate("map", chosen.convolution, 1)
     if len(devices) > 1:
         rows.append(core_row(f"ours, {single}, one trial a device", point, single, len(devices), devices))
-    for other in others:
+    for other in dict.fromkeys([*found, *others]):
         if other != chosen:
             few = other.block * len(devices) if _slow(point, other, devices) else several
             rows.append(core_row(f"ours, {other}", point, other, few, devices))
@@ -395,7 +400,7 @@ def compare(
         return True
 
     try:
-        for row in rows_of(point, chosen, trials, python, devices):
+        for row in rows_of(point, chosen, found, trials, python, devices):
             left = end - 18 * minutes - time.monotonic()  # the rest of the time is for the samples
             if left < 0 and rows:
                 left_out.append(f"{row.name} (no time)")
@@ -424,6 +429,7 @@ def compare(
         "traffic_bytes": cost.traffic_bytes,
         "compiled_flops_over_closed_form": checked,
         "evaluation_over_forward_share": evaluation_share(point, chosen, devices) if time.monotonic() < end else None,
+        "chosen": dataclasses.asdict(chosen),
         "calibration": measured,
         "rates": seen,
         "rates_spread": {name: [min(values), max(values)] for name, values in rates.items()},

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from plastic_jax import benchmark, benchmark_report, calibration, torch_ways, trial_axis, workdir
-from plastic_jax.config import Sweep
+from plastic_jax import benchmark, benchmark_report, torch_ways, workdir
 from plastic_jax.errors import InputError
 from plastic_jax.growth import growth
+from plastic_jax.trial_axis import Candidate
 
 
 def run(config: dict[str, Any], path: str, python: str, flops: float) -> None:
@@ -62,9 +62,7 @@ def run(config: dict[str, Any], path: str, python: str, flops: float) -> None:
         )
         print(benchmark_report.markdown(found["results"][-1]), flush=True)
         save()
-    first = points[0]
-    all_of = trial_axis.candidates(Sweep.of({"model": first.model}), first.model, jax.default_backend(), measured=True)
-    chosen = calibration.best(all_of, found["results"][0]["calibration"])
-    found["growth"] = growth(first, chosen, jax.local_devices(), end - time.monotonic())
+    chosen = Candidate(**found["results"][0]["chosen"])
+    found["growth"] = growth(points[0], chosen, jax.local_devices(), end - time.monotonic())
     save()
     print("Written: " + ", ".join(str(folder / f"throughput.{kind}") for kind in ("json", "md", "png")))

@@ -102,7 +102,8 @@ class Optimiser:
         """
 
         if self.fused and self.optimizer == "adam":
-            return self._fused_adam(grads, opt_state, params, learning_rate, weight_decay, go)
+            decays = (0.0, weight_decay) if self.decoupled else (weight_decay, 0.0)
+            return _fused_adam((grads, params, opt_state.mu, opt_state.nu), opt_state.count, go, learning_rate, *decays)
 
         def decay(step: Array, param: Array) -> Array:
             return step + jnp.asarray(weight_decay, param.dtype) * param
@@ -118,35 +119,32 @@ class Optimiser:
         new = jax.tree.map(apply, params, steps), new_state
         return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, (params, opt_state))
 
-    def _fused_adam(
-        self,
-        grads: Params,
-        opt_state: OptimiserState,
-        params: Params,
-        learning_rate: ArrayLike,
-        weight_decay: ArrayLike,
-        go: ArrayLike,
-    ) -> tuple[Params, OptimiserState]:
-        """Adam in one pass over memory, where XLA makes several.
 
-        Raises:
-          ValueError: for gradients, parameters and moments of unlike shapes or types, or of other types.
-        """
-        trees = grads, params, opt_state.mu, opt_state.nu
-        leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
-        each, dtype = len(leaves) // 4, leaves[0].dtype
-        alike = [(leaf.shape, leaf.dtype) for leaf in leaves] == 4 * [(leaf.shape, dtype) for leaf in leaves[:each]]
-        if not alike or dtype not in ("float32", "float64"):  # the native call reads memory by these
-            raise ValueError("gradients, parameters and moments must be of the same shapes, all float32 or float64.")
-        count = optax.safe_increment(opt_state.count)
-        coupled, decoupled = (0.0, weight_decay) if self.decoupled else (weight_decay, 0.0)
-        unbias = [1 / (1 - jnp.asarray(b, dtype) ** count) for b in (0.9, 0.999)]
-        numbers = jnp.stack([jnp.asarray(x, dtype) for x in (go, learning_rate, coupled, decoupled, *unbias)])
-        into = {1 + each + n: n for n in range(3 * each)}
-        new = native.call("adam", (numbers, *leaves), [leaf.shape for leaf in leaves[each:]], into)
-        structure = jax.tree.structure(params)
-        params, mu, nu = (jax.tree.unflatten(structure, new[k * each : (k + 1) * each]) for k in range(3))
-        return params, opt_state._replace(count=jnp.where(go, count, opt_state.count), mu=mu, nu=nu)
+def _fused_adam(trees: tuple[Params, ...], count: Array, go: ArrayLike, *rates: ArrayLike) -> Any:
+    """Adam in one pass over memory, where XLA makes several.
+
+    Args:
+      trees: gradients, parameters and both moments.
+      count: of the steps before.
+      go: as for `Optimiser.update`.
+      rates: learning rate, and weight decay to add to the gradient and to the step.
+
+    Raises:
+      ValueError: for gradients, parameters and moments of unlike shapes or types, or of other types.
+    """
+    leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
+    each, dtype = len(leaves) // 4, leaves[0].dtype
+    alike = [(leaf.shape, leaf.dtype) for leaf in leaves] == 4 * [(leaf.shape, dtype) for leaf in leaves[:each]]
+    if not alike or dtype not in ("float32", "float64"):  # the native call reads memory by these
+        raise ValueError("gradients, parameters and moments must be of the same shapes, all float32 or float64.")
+    after = optax.safe_increment(count)
+    unbias = [1 / (1 - jnp.asarray(b, dtype) ** after) for b in (0.9, 0.999)]
+    numbers = jnp.stack([jnp.asarray(x, dtype) for x in (go, *rates, *unbias)])
+    into = {1 + each + n: n for n in range(3 * each)}
+    new = native.call("adam", (numbers, *leaves), [leaf.shape for leaf in leaves[each:]], into)
+    structure = jax.tree.structure(trees[1])
+    params, mu, nu = (jax.tree.unflatten(structure, new[k * each : (k + 1) * each]) for k in range(3))
+    return params, optax.ScaleByAdamState(count=jnp.where(go, after, count), mu=mu, nu=nu)
 
 
 def schedule_factor(schedule: str, step: ArrayLike, total_steps: ArrayLike) -> Array:

@@ -11,6 +11,8 @@ from plastic_jax.config import Config
 from plastic_jax.errors import InputError
 from plastic_jax.trial_axis import Formulation
 
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+
 
 @pytest.fixture(scope="module")
 def reference():
@@ -74,7 +76,7 @@ def test_resumed_equals_uninterrupted_at_every_chunk(axis):
         tiny.same(tiny.table(study, [whole]), tiny.table(study, [again]))
 
 
-@pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+@needs_compiler
 @pytest.mark.parametrize("model", ["mlp", "resnet"])
 def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed(model):
     """Neighbours, slots and devices at once; a ResNet's images go from 2x2 to 1x1, where it falls back."""
@@ -252,9 +254,7 @@ def test_the_state_is_donated():
     [
         ("map", "plain", "sgd"),
         ("vmap", "plain", "sgd"),
-        pytest.param(
-            "map", "native", "adam", marks=pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
-        ),
+        pytest.param("map", "native", "adam", marks=needs_compiler),
     ],
 )
 def test_a_diverging_neighbour_changes_nothing(axis, convolution, optimizer):
@@ -273,9 +273,7 @@ def test_a_diverging_neighbour_changes_nothing(axis, convolution, optimizer):
     assert last.diverged.all(), "a diverged trial has no later rows"
 
 
-@pytest.mark.parametrize(
-    "convolution", ["plain", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no C++"))]
-)
+@pytest.mark.parametrize("convolution", ["plain", pytest.param("native", marks=needs_compiler)])
 def test_a_step_with_an_infinite_loss_leaves_all_as_it_was(convolution):
     """Parameters, moments and statistics to the last bit; the step is counted, and the trial marked."""
     point, data = Config(model="mlp", width=6, depth=1, norm="batch", batch_size=4), tiny.dataset()
