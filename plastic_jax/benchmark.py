@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from plastic_jax import backend, calibration, core, costs, models, torch_ways, trial_axis
-from plastic_jax import train as train_module
+from plastic_jax import backend, models, torch_ways
 from plastic_jax.config import MODELS, Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.dry_run import device_memory
 from plastic_jax.errors import InputError
 from plastic_jax.torch_worker import Work
-from plastic_jax.trial_axis import Candidate, Formulation
+from plastic_jax.train import calibration, core, costs, trial_axis
+from plastic_jax.train.program import programs
+from plastic_jax.train.trial_axis import Candidate, Formulation
 
 SPECS = {
     "mlp": DatasetSpec("synthetic", 60_000, 10_000, (28, 28, 1), 10),  # as Fashion-MNIST
@@ -96,7 +97,7 @@ def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: 
     slots = max(1, trials // (choice.block * len(devices))) * choice.block * min(len(devices), max(1, trials))
 
     def start(_: float) -> Live:
-        train_module.programs.cache_clear()  # or it would not be compiled anew
+        programs.cache_clear()  # or it would not be compiled anew
         batches = 1 if _slow(point, choice, devices) else short(point, slots, devices, 2.0)
         dataset = calibration.synthetic(SPECS[point.model], point.batch_size * batches)
         form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)

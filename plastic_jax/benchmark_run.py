@@ -11,7 +11,7 @@ import jax
 from plastic_jax import benchmark, benchmark_report, torch_ways, workdir
 from plastic_jax.errors import InputError
 from plastic_jax.growth import growth
-from plastic_jax.trial_axis import Candidate
+from plastic_jax.train.trial_axis import Candidate
 
 
 def run(config: dict[str, Any], path: str, python: str, flops: float) -> None:

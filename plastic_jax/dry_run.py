@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 
-from plastic_jax import calibration, costs, data, plan, sampler, trial
+from plastic_jax import data, plan, sampler, trial
 from plastic_jax.config import STATIC, Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.plan import ProgramPlan
+from plastic_jax.train import calibration, costs
+from plastic_jax.train.trial_axis import Formulation, candidates, formulation
 from plastic_jax.trial import TUNING_STREAM, Study
-from plastic_jax.trial_axis import Formulation, candidates, formulation
 
 GIB = 2**30
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from plastic_jax import calibration, train
 from plastic_jax.benchmark import SPECS, short, title
 from plastic_jax.config import Config
-from plastic_jax.trial_axis import Candidate, Formulation
+from plastic_jax.train import calibration
+from plastic_jax.train.program import programs
+from plastic_jax.train.trial_axis import Candidate, Formulation
 
 BLOCKS, EPOCHS, DEPTHS = (1, 2, 8), (2, 8, 32), (1, 2, 4)
 BATCHES = (1, 4, 16)  # times what takes a third of a second on a CPU
@@ -43,7 +44,7 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: fl
         return 1e3 * median(run(whole, batches, devices[:n]), 2) / (2 * batches * whole)
 
     def compiling(depth: int) -> float:
-        train.programs.cache_clear()  # one of these depths has been compiled above
+        programs.cache_clear()  # one of these depths has been compiled above
         live = run(whole, batches, of=dataclasses.replace(point, depth=depth))
         begin = time.perf_counter()
         live.lower_chunk().compile()

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from plastic_jax import core, results, workdir
+from plastic_jax import results, workdir
 from plastic_jax.config import Config
 from plastic_jax.errors import InputError
+from plastic_jax.train import core
 
 
 @dataclass(frozen=True)

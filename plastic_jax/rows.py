@@ -5,7 +5,7 @@ from typing import Any
 
 from plastic_jax.plan import Node, ProgramPlan
 from plastic_jax.results import Setting
-from plastic_jax.train import Records
+from plastic_jax.train.program import Records
 from plastic_jax.trial import Study
 
 METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss")

@@ -21,13 +21,14 @@ import jax
 import numpy as np
 import pandas as pd
 
-from plastic_jax import backend, data, experiment, figures, plan, report, results, rows, tracking, train, trial, workdir
+from plastic_jax import backend, data, experiment, figures, plan, report, results, rows, tracking, trial, workdir
 from plastic_jax.checkpoint import Checkpoints
 from plastic_jax.config import Sweep, canonical
 from plastic_jax.dry_run import describe, table_of
 from plastic_jax.errors import InputError
 from plastic_jax.loading import Run, load
-from plastic_jax.trial_axis import Formulation
+from plastic_jax.train.program import ProgramRun, Records
+from plastic_jax.train.trial_axis import Formulation
 
 PACKAGES = ("plastic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -227,7 +228,7 @@ class Training:
     ):
         self.of, self.study, self.programs, self.formulations = of, study, programs, formulations
         self.sets, self.path, self.options, self.say = sets, path, options, say
-        self.done: list[train.Records] = []  # of finished programs
+        self.done: list[Records] = []  # of finished programs
         self.stop: int | None = None
         self.config = workdir.read_json(path / "config.json")
         self.spent = {"checkpoints and tables": 0.0, "W&B": 0.0, "report": 0.0}  # seconds that training waited for them
@@ -293,7 +294,7 @@ class Training:
         with bar:
             for number in range(len(self.done), len(self.programs)):
                 program = self.programs[number]
-                live = train.ProgramRun(
+                live = ProgramRun(
                     program,
                     self.sets[program.point.dataset],
                     self.formulations[number],
@@ -313,7 +314,7 @@ class Training:
         checkpoints.wait()
 
     def _train_program(
-        self, live: train.ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: tracking.Tracker
+        self, live: ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: tracking.Tracker
     ) -> None:
         saved = time.monotonic()
         while live.step():
@@ -331,7 +332,7 @@ class Training:
                 checkpoints.wait()
                 raise Interrupted(signal.Signals(self.stop).name)
 
-    def _save(self, checkpoints: Checkpoints, live: train.ProgramRun | None) -> None:
+    def _save(self, checkpoints: Checkpoints, live: ProgramRun | None) -> None:
         arrays, program = live.snapshot() if live else ({}, None)  # waits for the chunk that is being trained
         done = [(sorted(r.items()), p.reaches()) for p, r in zip(self.programs, self.done, strict=False)]
         host = {"done": done, "program": program}
@@ -339,11 +340,11 @@ class Training:
             checkpoints.save(arrays, host)
             self._write_table(live)
 
-    def _keep(self, live: train.ProgramRun, number: int) -> None:
+    def _keep(self, live: ProgramRun, number: int) -> None:
         if self.study.sweep.keep != "none":
             live.write_kept(self.path / "checkpoints" / "kept" / str(number))
 
-    def _write_table(self, live: train.ProgramRun | None = None) -> None:
+    def _write_table(self, live: ProgramRun | None = None) -> None:
         found: dict[str, list[Any]] = {name: [] for name in rows.columns(self.study)}
         recorded = list(zip(self.programs, self.done, strict=False))
         if live:

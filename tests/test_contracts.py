@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from plastic_jax import core, native, plan, results, sampler
+from plastic_jax import plan, results, sampler
 from plastic_jax.config import Config
 from plastic_jax.errors import InputError
-from plastic_jax.trial_axis import Formulation
+from plastic_jax.kernels import native
+from plastic_jax.train import core
+from plastic_jax.train.trial_axis import Formulation
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 

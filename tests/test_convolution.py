@@ -13,11 +13,12 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from plastic_jax import models, native
+from plastic_jax import models
 from plastic_jax.config import Sweep
-from plastic_jax.convolution import FORMULATIONS, conv, joined, unit
 from plastic_jax.errors import InputError
-from plastic_jax.trial_axis import candidates
+from plastic_jax.kernels import native
+from plastic_jax.kernels.convolution import FORMULATIONS, conv, joined, unit
+from plastic_jax.train.trial_axis import candidates
 
 TRIALS, BATCH, INPUTS, OUTPUTS = 2, 3, 3, 5
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.

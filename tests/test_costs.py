@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plastic_jax import core, sampler, trial_axis
 from plastic_jax import data as data_sets
+from plastic_jax import sampler
 from plastic_jax.config import Config
-from plastic_jax.costs import costs
 from plastic_jax.data import DatasetSpec
+from plastic_jax.train import core, trial_axis
+from plastic_jax.train.costs import costs
 
 # Analyses come from the optimised HLO, before LLVM: so let LLVM skip its work, most of a compilation's time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from plastic_jax import linear, native
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import linear, native
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 LAYER = (((1,), (0,)), ((), ()))

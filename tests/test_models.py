@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from plastic_jax import models, native
+from plastic_jax import models
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import native
 
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plastic_jax import native, optimisers
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import native
+from plastic_jax.methods import optimisers
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "optimisers.npz")
 RUNS = [name for name in FIXTURE.files if "/" in name]

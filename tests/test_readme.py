@@ -96,13 +96,13 @@ def test_architecture_names_every_module_and_imports_run_one_way():
     """Each module imports only modules that stand above it in README's table."""
     table = README.partition("| module |")[2].partition("\n\n")[0]
     listed = re.findall(r"^\| `([\w/]+)\.py` \|", table, re.MULTILINE)
-    modules = [file for file in PACKAGE.rglob("*.py") if file.stem != "__init__"]
+    modules = [file for file in PACKAGE.rglob("*.py") if file.stem != "__init__" or file.parent.name == "models"]
     files = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in modules}
     assert sorted(listed) == sorted(files)
     for position, name in enumerate(listed):
         assert imports(files[name]) - {*listed[:position]} == set(), name
     # or this test sees nothing
-    assert imports(files["train"]) >= {"plan", "trial_axis", "config"}
+    assert imports(files["train/program"]) >= {"plan", "train/trial_axis", "config"}
     assert imports(files["data"]) >= {"datasets/originals", "datasets/builders"}
 
 

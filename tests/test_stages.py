@@ -9,11 +9,12 @@ import pytest
 import tiny
 from scipy import stats
 
-from plastic_jax import core, models, plan, results, rows, sampler
+from plastic_jax import models, plan, results, rows, sampler
 from plastic_jax.config import Config, Sweep, canonical
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
-from plastic_jax.trial_axis import Formulation
+from plastic_jax.train import core
+from plastic_jax.train.trial_axis import Formulation
 
 STAGED = dict(stage_accuracy=0.6, accuracy_ends="pretraining", warm_start_epochs=12, equal_updates=False)
 FRESH_STAGES = {"pretraining_stages": 0}

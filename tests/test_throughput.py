@@ -15,12 +15,13 @@ import jax
 import pytest
 
 from experiments import warm_start
-from plastic_jax import backend, benchmark, benchmark_report, calibration, costs, dry_run, growth, torch_ways
+from plastic_jax import backend, benchmark, benchmark_report, dry_run, growth, torch_ways
 from plastic_jax.config import Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.torch_worker import Work
-from plastic_jax.trial_axis import BLOCKS, Candidate, Formulation, candidates, formulation
+from plastic_jax.train import calibration, costs
+from plastic_jax.train.trial_axis import BLOCKS, Candidate, Formulation, candidates, formulation
 
 SMALL = Config(model="mlp", width=8, depth=1, norm="none", batch_size=8)
 SPEC = DatasetSpec("noise", 50, 30, (4, 4, 1), 5)

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pandas as pd
 
-from plastic_jax import plan, results, rows, train, trial
+from plastic_jax import plan, results, rows, trial
 from plastic_jax.config import FIELDS, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
-from plastic_jax.trial_axis import Formulation
+from plastic_jax.train.program import ProgramRun
+from plastic_jax.train.trial_axis import Formulation
 
 SPEC = DatasetSpec("noise", 50, 30, (4, 4, 1), 5)
 CONFIG: dict[str, Any] = dict(
@@ -41,14 +42,14 @@ def study(fresh: dict[str, Any] | None = None, spec: DatasetSpec = SPEC, **chang
     return trial.study(sweep, {"noise": spec}, {"warm_start_epochs": 0} if fresh is None else fresh)
 
 
-def programs(of: trial.Study, formulation: Formulation, devices: int = 1, **more: Any) -> list[train.ProgramRun]:
+def programs(of: trial.Study, formulation: Formulation, devices: int = 1, **more: Any) -> list[ProgramRun]:
     return [
-        train.ProgramRun(p, dataset(), formulation, jax.devices()[:devices], of.sweep.eval_every, **more)
+        ProgramRun(p, dataset(), formulation, jax.devices()[:devices], of.sweep.eval_every, **more)
         for p in plan.programs(of)
     ]
 
 
-def table(of: trial.Study, runs: Sequence[train.ProgramRun]) -> pd.DataFrame:
+def table(of: trial.Study, runs: Sequence[ProgramRun]) -> pd.DataFrame:
     found = pd.DataFrame(
         [row for run in runs for row in rows.rows(of, run.plan, run.records)], columns=rows.columns(of)
     )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from plastic_jax import models, optimisers, sampler, streams
+from plastic_jax import models, sampler, streams
 from plastic_jax.config import Config
 from plastic_jax.data import Dataset
+from plastic_jax.methods import optimisers
 
 Tree = Any
 EVALUATION_BATCH = 512

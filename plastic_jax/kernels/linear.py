@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from plastic_jax import mended, native
+from plastic_jax.kernels import loops, native
 
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
 
@@ -48,7 +48,7 @@ def _native(
         and min(inputs.shape + kernel.shape) > 0
     )
     if fits:
-        return _linear(*mended.vary_alike(inputs, kernel))
+        return _linear(*loops.vary_alike(inputs, kernel))
     return lax.dot_general(inputs, kernel, dimension_numbers, precision, preferred_element_type)
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plastic_jax import native
 from plastic_jax.config import Sweep
-from plastic_jax.costs import Costs
+from plastic_jax.kernels import native
+from plastic_jax.train.costs import Costs
 
 Tree = Any
 BLOCKS = {"map": 1, "vmap": 8, "unroll": 4}

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from plastic_jax import core, models, plan, sampler, trial_axis
+from plastic_jax import models, plan, sampler
 from plastic_jax.config import STATIC, Config
 from plastic_jax.data import Dataset
 from plastic_jax.plan import Node, ProgramPlan
 from plastic_jax.results import replace_file
-from plastic_jax.trial_axis import Formulation
+from plastic_jax.train import core, trial_axis
+from plastic_jax.train.trial_axis import Formulation
 
 Tree = Any
 Records = dict[int, list[dict[str, Any]]]  # node -> its evaluations, in order

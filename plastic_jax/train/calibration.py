@@ -25,8 +25,8 @@ import numpy as np
 from plastic_jax import backend, plan, trial
 from plastic_jax.config import FIELDS, STATIC, Config, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
-from plastic_jax.train import ProgramRun
-from plastic_jax.trial_axis import Candidate, Formulation, candidates
+from plastic_jax.train.program import ProgramRun
+from plastic_jax.train.trial_axis import Candidate, Formulation, candidates
 
 WORTH = {"cpu": 2e13}
 """FLOPs of a program from which on measuring pays: about ten minutes of two CPU cores; elsewhere `WORTH_ELSEWHERE`."""
@@ -34,10 +34,8 @@ WORTH_ELSEWHERE = 1e16
 CLEARLY = 0.95
 """What another candidate's time must be below, in times of the rule's own, to be taken: less may be noise."""
 SECONDS, ROUNDS = 0.4, 5  # of a sample, and samples of each candidate
-_PACE = (  # the files that set it
-    *("convolution.py", "core.py", "linear.py", "mended.py", "models.py", "native.h", "native.py"),
-    *("native_convolution.cc", "native_dense.cc", "optimisers.py", "trial_axis.py"),
-)
+_PACKAGE = Path(__file__).parents[1]
+_PACE = ("kernels", "methods", "models", "train")  # the folders whose files set it
 _BATCHES = 4  # of the synthetic train set
 TESTS = 8
 _UNMEASURED = ("dataset", "train_examples", "validation_fraction", "schedule", "initialisation")  # do not set the pace
@@ -103,7 +101,12 @@ def best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidat
 def _key(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> str:
     values = {name: getattr(point, name) for name in STATIC if name not in _UNMEASURED}
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
-    ours = [zlib.crc32(Path(__file__).with_name(name).read_bytes()) for name in _PACE]
+    ours = [
+        zlib.crc32(file.read_bytes())
+        for folder in _PACE
+        for file in sorted((_PACKAGE / folder).rglob("*"))
+        if file.suffix in (".py", ".cc", ".h")
+    ]
     where = [backend.device(), versions, ours, list(spec.shape), spec.classes, [str(c) for c in found]]
     return hashlib.sha256(json.dumps([values, where], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -13,9 +13,10 @@ Bytes are estimates, but for state and data: the compiler decides what to keep.
 import math
 from dataclasses import dataclass
 
-from plastic_jax import core, models, sampler
+from plastic_jax import models, sampler
 from plastic_jax.config import Config
 from plastic_jax.data import DatasetSpec
+from plastic_jax.train import core
 
 # FLOPs of an update for one parameter, from the gradient's decay to the choice of the old value after a
 # non-finite loss (contract 6). Parameters and moments are each computed from the gradient on their own.

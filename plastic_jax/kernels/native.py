@@ -25,8 +25,8 @@ from jax import Array
 from plastic_jax import backend
 from plastic_jax.errors import InputError
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native_convolution.cc", "native_dense.cc")]
-_HEADER = Path(__file__).with_name("native.h")
+_SOURCES = [Path(__file__).parent / "cc" / name for name in ("native_convolution.cc", "native_dense.cc")]
+_HEADER = Path(__file__).parent / "cc" / "native.h"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _HANDLERS = ("forward", "backward", "join", "product", "adam")
 _SECONDS = 300  # that compiling may take

@@ -15,9 +15,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from plastic_jax import native
 from plastic_jax.config import OPTIMIZERS, SCHEDULES
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import native
 
 Params = Any
 """A pytree of floating-point arrays."""

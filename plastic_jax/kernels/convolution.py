@@ -1,6 +1,6 @@
 """The formulations of a convolution, and of a unit of norm, ReLU and convolution, which `native` computes in one go.
 
-XLA's own convolution is `plain`; for `mended` and `products` see `mended.py`. `native` calls `native_convolution.cc`,
+XLA's own convolution is `plain`; for `mended` and `products` see `loops.py`. `native` calls `native_convolution.cc`,
 compiled for the machine at hand, for 3x3 and 1x1 convolutions in float32 and float64, and is `products` for others. One
 core does a narrow net's convolutions at 100 to 180 GFLOP/s there, about half of the time that `products` takes forwards
 and for images, and a third for kernels. With BatchNorm the norms and ReLUs between them, their statistics and gradients
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from plastic_jax import mended, native
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import loops, native
 
 FORMULATIONS = ("plain", "mended", "products", "native")
 
@@ -39,18 +39,18 @@ def conv(name: str) -> Callable[..., Array]:
         return lax.conv_general_dilated
     if name == "native":
         native.require("cpu")
-        return partial(mended.convolution, convolve=_native)
+        return partial(loops.convolution, convolve=_native)
     if name in FORMULATIONS:
-        return partial(mended.convolution, convolve=lambda *x: mended.differentiable(*x, name))
+        return partial(loops.convolution, convolve=lambda *x: loops.differentiable(*x, name))
     raise InputError(f"convolution is {name!r}; it must be one of {', '.join(FORMULATIONS)}.")
 
 
 def _native(
-    images_BHWC: Array, kernel_HWIO: Array, strides: tuple[int, ...], pads: tuple[mended.Pair, ...], precision: Any
+    images_BHWC: Array, kernel_HWIO: Array, strides: tuple[int, ...], pads: tuple[loops.Pair, ...], precision: Any
 ) -> Array:
     if not native.fits(images_BHWC, kernel_HWIO, strides, pads):
-        return mended.differentiable(images_BHWC, kernel_HWIO, strides, pads, precision, "products")
-    images_BHWC, norm = mended.vary_alike(images_BHWC, _none(images_BHWC))
+        return loops.differentiable(images_BHWC, kernel_HWIO, strides, pads, precision, "products")
+    images_BHWC, norm = loops.vary_alike(images_BHWC, _none(images_BHWC))
     out_BHWO, _ = _unit(images_BHWC, kernel_HWIO, norm, strides[0], False)
     return out_BHWO
 
@@ -74,14 +74,14 @@ def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: 
       ValueError: for a norm of another shape or type than the images ask for.
     """
     _check(images_BHWC, norm_3C)
-    images_BHWC, kernel_HWIO, norm = mended.vary_alike(
+    images_BHWC, kernel_HWIO, norm = loops.vary_alike(
         images_BHWC, kernel_HWIO, _none(images_BHWC) if norm_3C is None else norm_3C
     )
     pad = (kernel_HWIO.shape[0] - 1) // 2
-    kernel, pads = mended.without_unused_taps(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))
+    kernel, pads = loops.without_unused_taps(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))
     if native.fits(images_BHWC, kernel, (stride, stride), pads):
         return _unit(images_BHWC, kernel, norm, stride, True)
-    return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: mended.differentiable(*x, "products"))
+    return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: loops.differentiable(*x, "products"))
 
 
 def _check(images_BHWC: Array, norm_3C: Array | None) -> None:
@@ -111,7 +111,7 @@ def _written_out(
     if norm.shape[0]:
         images_BHWC = jax.nn.relu(normalised(images_BHWC, norm))
     strides, pad = (stride, stride), (kernel_HWIO.shape[0] - 1) // 2
-    kernel_HWIO, pads = mended.without_unused_taps(images_BHWC, kernel_HWIO, strides, ((pad, pad), (pad, pad)))
+    kernel_HWIO, pads = loops.without_unused_taps(images_BHWC, kernel_HWIO, strides, ((pad, pad), (pad, pad)))
     out_BHWO = convolve(images_BHWC, kernel_HWIO, strides, pads, None)
     if not statistics:
         return out_BHWO, _none(out_BHWO)
@@ -120,8 +120,8 @@ def _written_out(
 
 
 # Of the mended convolution, what can be differentiated forwards, and what then is fast backwards.
-_JVP: Any = partial(mended.direct, formulation="mended")
-_VJP: Any = lambda *x: mended.differentiable(*x, "mended")  # noqa: E731
+_JVP: Any = partial(loops.direct, formulation="mended")
+_VJP: Any = lambda *x: loops.differentiable(*x, "mended")  # noqa: E731
 
 
 # XLA knows no derivatives of the native calls: differentiated once more, they are the mended ones.
@@ -199,7 +199,7 @@ def _unit_bwd(stride: int, statistics: bool, saved: Any, gradients: Any) -> Any:
     if statistics:  # d mean / d value is 1 / n, d variance / d value is 2 (value - mean) / n
         n = out.size // out.shape[-1]
         after = jnp.stack([seen[0], of_statistics[1] * 2 / n, of_statistics[0] / n])
-    operands = mended.vary_alike(images, kernel, norm, gradient, out, after)
+    operands = loops.vary_alike(images, kernel, norm, gradient, out, after)
     of_x, of_w, sums = _unit_backward(*operands, stride, of_images, of_kernel)
     of_norm = _of_norm(norm, sums) if sums.shape[0] else jnp.zeros_like(norm)
     return of_x if of_images else None, of_w if of_kernel else None, of_norm
@@ -228,7 +228,7 @@ def joined(images_BHWC: Array, norm_3C: Array, other_BHWC: Array | None, other_n
         _check(other_BHWC, other_norm_3C)
     same = jnp.zeros_like(norm_3C).at[1].set(1)
     other = images_BHWC[:0] if other_BHWC is None else other_BHWC
-    return _join(*mended.vary_alike(images_BHWC, norm_3C, other, same if other_norm_3C is None else other_norm_3C))
+    return _join(*loops.vary_alike(images_BHWC, norm_3C, other, same if other_norm_3C is None else other_norm_3C))
 
 
 def _join_forward(images: Array, norm: Array, other: Array, other_norm: Array) -> Array:
@@ -264,7 +264,7 @@ def _join_fwd(*operands: Array) -> Any:
 
 def _join_bwd(saved: Any, gradient: Array) -> Any:
     out, (images, norm, other, other_norm) = saved
-    operands = mended.vary_alike(gradient, out, images, norm, other, other_norm)
+    operands = loops.vary_alike(gradient, out, images, norm, other, other_norm)
     of_images, sums, of_other, other_sums = _join_backward(*operands)
     of_other_norm = _of_norm(other_norm, other_sums) if other_sums.shape[0] else jnp.zeros_like(other_norm)
     return of_images, _of_norm(norm, sums), of_other, of_other_norm

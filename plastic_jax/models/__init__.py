@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from plastic_jax import convolution as convolutions
-from plastic_jax import linear
 from plastic_jax.config import COMPUTE_DTYPES, INITIALISATIONS, MODELS, NORMS
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import convolution as convolutions
+from plastic_jax.kernels import linear
 
 Variables = dict[str, Any]
 """`{'params': ..., 'batch_stats': ...}`, nested plain dicts of arrays."""
@@ -70,7 +70,7 @@ def build(
       compute_dtype: one of `COMPUTE_DTYPES`. Parameters, statistics and logits are float32, with
         `float64` all of it float64 (for verification; needs `jax_enable_x64`).
       classes: number of logits.
-      convolution: one of `plastic_jax.convolution.FORMULATIONS`; an MLP's hidden layers are `native`, or XLA's.
+      convolution: one of `plastic_jax.kernels.convolution.FORMULATIONS`; an MLP's hidden layers are `native`, or XLA's.
 
     Raises:
       InputError: for a name that is none of the above.

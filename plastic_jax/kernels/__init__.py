@@ -1,0 +1,1 @@
+"""How convolutions, linear layers and updates are computed, on each kind of device."""

@@ -1,0 +1,1 @@
+"""Optimisers, and what else acts on a network while it trains."""
