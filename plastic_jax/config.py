@@ -21,6 +21,7 @@ INITIALISATIONS = ("pytorch", "he", "lecun")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("adam", "rmsprop", "sgd", "momentum")
 SCHEDULES = ("constant", "cosine", "linear")
+KERNELS = ("packed", "mapped", "products", "native")
 INTERVENTIONS = ("none", "reinitialise")
 
 
@@ -61,7 +62,7 @@ class Config:
     optimizer: str = _field("adam", "static", "optimiser", choices=OPTIMIZERS)
     learning_rate: float = _field(1e-3, "dynamic", "learning rate", above=0.0)
     tuning_learning_rate_factor: float = _field(1.0, "dynamic", "the tuning stage's learning rate over `learning_rate` (fresh arm too)", above=0.0)
-    schedule: str = _field("constant", "static", "learning rate over a stage: constant, or falling to 0 by a cosine or a line", choices=SCHEDULES)
+    schedule: str = _field("constant", "dynamic", "learning rate over a stage: constant, or falling to 0 by a cosine or a line", choices=SCHEDULES)
     weight_decay: float = _field(0.0, "dynamic", "weight decay, as L2 in the gradient", low=0.0)
     decoupled: bool = _field(False, "static", "weight decay apart from the gradient (AdamW) instead")
     batch_size: int = _field(128, "static", "examples a step", low=1)
@@ -87,8 +88,9 @@ class Config:
     first_seed: int = _field(0, "run", "the first seed; the others follow it", low=0, high=2**31 - 2)
     keep: str = _field("none", "run", "models kept for `plastic_jax.load`: none, at trials' ends, or at every stage's end", choices=("none", "ends", "stages"))
     checkpoint_minutes: float = _field(5.0, "run", "minutes between checkpoints", above=0.0)
-    trial_axis: str = _field("auto", "run", "how trials share a device: batched by vmap, one after another (map), a few written out side by side (unroll), or auto: measured before a long run, by rule before a short one", choices=("auto", "vmap", "map", "unroll"))
-    convolution: str = _field("auto", "run", "the convolution's formulation: plain, mended or products (both fast inside a CPU's loops), native (compiled by this machine's C++ compiler, for a CPU; an MLP's hidden layers too, and Adam), or auto", choices=("auto", "plain", "mended", "products", "native"))
+    kernels: str = _field("auto", "run", "how trials are computed: packed in blocks (for accelerators, MLPs everywhere), mapped one after another, products or native (a CPU's convolutional nets; native is compiled by this machine's C++ compiler), or auto: measured before a long run, by rule before a short one", choices=("auto", *KERNELS))
+    block: int = _field(0, "run", "packed: trials computed together; 0 = chosen", low=0)
+    group: int = _field(0, "run", "packed: trials of a block whose channels lie side by side in one convolution; 0 = chosen", low=0)
     trials_per_device: int = _field(0, "run", "trials side by side on one device; 0 = chosen from the model and the memory", low=0)
     # fmt: on
 

@@ -12,9 +12,11 @@ from plastic_jax import data, plan, sampler, trial
 from plastic_jax.config import STATIC, Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import Form
 from plastic_jax.plan import ProgramPlan
 from plastic_jax.train import calibration, costs
-from plastic_jax.train.trial_axis import Formulation, candidates, formulation
+from plastic_jax.train.choice import candidates, formulation
+from plastic_jax.train.trial_axis import Formulation
 from plastic_jax.trial import TUNING_STREAM, Study
 
 GIB = 2**30
@@ -88,15 +90,14 @@ def _program(
     point, sweep = program.point, study.sweep
     steps, unshared = program.shared_steps, program.unshared_steps
     evaluated = _evaluated(study, program, spec)
-    plainly = costs.costs(point, spec)
-    rule = candidates(sweep, point.model, backend)[0]
-    limits: Any = dict(leaves=program.leaves, memory=memory, devices=devices)
-    _check_memory(point, plainly, formulation(rule, sweep, point.model, plainly, **limits), memory, devices)
-    flops = steps * plainly.step_flops + evaluated * plainly.evaluation_flops
+    cost = costs.costs(point, spec)
     leaves = -(-program.leaves // devices)
+    rule = candidates(sweep, point, backend, leaves)[0]
+    limits: Any = dict(leaves=program.leaves, memory=memory, devices=devices)
+    _check_memory(point, cost, formulation(rule, sweep, cost, **limits), memory, devices)
+    flops = steps * cost.step_flops + evaluated * cost.evaluation_flops
     choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
-    cost = costs.costs(point, spec, choice.candidate.convolution)
-    chosen = formulation(choice.candidate, sweep, point.model, cost, **limits)
+    chosen = formulation(choice.form, sweep, cost, **limits)
     used, needed = _check_memory(point, cost, chosen, memory, devices)
     return {
         **{name: getattr(point, name) for name in STATIC},
@@ -122,7 +123,7 @@ def _program(
 def _check_memory(point: Config, cost: costs.Costs, chosen: Formulation, memory: int, devices: int) -> tuple[int, int]:
     """Devices used and bytes of each, or an `InputError` that says what would fit."""
     used = chosen.devices(devices)
-    needed = cost.device_bytes(chosen.slots // used, chosen.block)
+    needed = cost.device_bytes(chosen.slots // used, chosen.block, chosen.group)
     if needed > memory:
         raise InputError(
             f"--config.width={point.width}, --config.depth={point.depth}, --config.batch_size={point.batch_size}: "
@@ -170,7 +171,7 @@ def table_of(described: Mapping[str, Any]) -> str:
         "trials",
         "slots",
         "batches",
-        "axis",
+        "form",
         "parameters",
         "steps",
         "unshared",
@@ -187,7 +188,7 @@ def table_of(described: Mapping[str, Any]) -> str:
                 str(p["trials"]),
                 str(form["slots"]),
                 str(p["batches"]),
-                f"{form['trial_axis']}/{form['convolution']}" if p["model"] == "resnet" else form["trial_axis"],
+                str(Form(form["kernels"], form["block"], form["group"])),
                 _number(p["parameters"]),
                 _number(p["steps"]),
                 _number(p["steps_unshared"]),

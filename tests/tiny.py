@@ -57,10 +57,10 @@ def table(of: trial.Study, runs: Sequence[ProgramRun]) -> pd.DataFrame:
 
 
 def trained(
-    of: trial.Study, axis: str = "map", slots: int = 4, devices: int = 1, convolution: str = "plain"
+    of: trial.Study, kernels: str = "mapped", slots: int = 4, devices: int = 1, block: int = 1, group: int = 1
 ) -> pd.DataFrame:
     """The results table of a study under one formulation."""
-    runs = programs(of, Formulation(axis, convolution, slots), devices)
+    runs = programs(of, Formulation(kernels, block, group, slots), devices)
     for run in runs:
         while run.step():
             pass

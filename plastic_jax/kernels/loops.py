@@ -40,19 +40,11 @@ _SLICE = 8  # images whose kernel gradient is computed at a time
 def convolution(
     images_BHWC: Array,
     kernel_HWIO: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[Pair],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    *,
+    strides: tuple[int, ...],
+    pads: tuple[Pair, ...],
     convolve: Callable[[Array, Array, tuple[int, ...], tuple[Pair, ...], Any], Array],
 ) -> Array:
-    """`lax.conv_general_dilated` for NHWC images, by another function with gradients of its own.
+    """A convolution of NHWC images by a function with gradients of its own: [B, H', W', O].
 
     Reverse mode only (`jax.grad`, `jax.vjp`, and `jax.jvp` *of* a gradient); a plain `jax.jvp`
     through it raises, as for every `jax.custom_vjp`.
@@ -60,39 +52,13 @@ def convolution(
     Args:
       images_BHWC: [B, H, W, C].
       kernel_HWIO: [h, w, C, O].
-      window_strides: two strides.
-      padding: `'SAME'`, `'VALID'`, or two (low, high) pairs.
-      lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
-      preferred_element_type: only the values of an ordinary NHWC/HWIO convolution.
-      precision: as for `lax.conv_general_dilated`, used for the gradients too.
+      strides: of height and width.
+      pads: (low, high) of height and width.
       convolve: gets images, the kernel without the taps that see nothing but padding, strides, pads and precision.
-
-    Returns:
-      [B, H', W', O] with H' = (H + low + high - h) // stride + 1.
-
-    Raises:
-      ValueError: for a dilated, grouped or otherwise laid out convolution.
     """
-    numbers = lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, _CANONICAL)
-    ordinary = (
-        images_BHWC.ndim == 4
-        and set(lhs_dilation or (1,)) == {1}
-        and set(rhs_dilation or (1,)) == {1}
-        and feature_group_count == batch_group_count == 1
-        and preferred_element_type is None
-        and lax.conv_dimension_numbers(images_BHWC.shape, kernel_HWIO.shape, dimension_numbers) == numbers
-    )
-    if not ordinary:
-        raise ValueError(
-            "this convolution takes NHWC images and an HWIO kernel, without dilation, groups "
-            "or preferred_element_type; use the plain one."
-        )
-    strides = tuple(window_strides)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(images_BHWC.shape[1:3], kernel_HWIO.shape[:2], strides, padding)
     images_BHWC, kernel_HWIO = vary_alike(images_BHWC, kernel_HWIO)
-    kernel_HWIO, pads = without_unused_taps(images_BHWC, kernel_HWIO, strides, padding)
-    return convolve(images_BHWC, kernel_HWIO, strides, pads, precision)
+    kernel_HWIO, pads = without_unused_taps(images_BHWC, kernel_HWIO, strides, pads)
+    return convolve(images_BHWC, kernel_HWIO, strides, pads, None)
 
 
 def direct(

@@ -1,119 +1,139 @@
-"""The operations of `native_convolution.cc` and `native_dense.cc`, compiled at their first use, as torch.compile does.
+"""A CPU's operations in C++: norm, ReLU and convolution as one unit, linear layers, and Adam's update.
 
-They are compiled for this machine, and kept in the user's cache folder under a name that holds all that the library
-depends on.
+What can be computed in one go waits until it is known what comes after it: a convolution for its norm, a norm for its
+ReLU, a normed image for the convolution that takes it in, so that neither the norm's output nor its gradient is ever
+written to memory. Only in training with BatchNorm does any of this happen; all else is computed at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import hashlib
-import importlib.metadata
-import os
-import platform
-import shutil
-import subprocess
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
-from plastic_jax import backend
-from plastic_jax.errors import InputError
-
-_SOURCES = [Path(__file__).parent / "cc" / name for name in ("native_convolution.cc", "native_dense.cc")]
-_HEADER = Path(__file__).parent / "cc" / "native.h"
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
-_HANDLERS = ("forward", "backward", "join", "product", "adam")
-_SECONDS = 300  # that compiling may take
+from plastic_jax.kernels import dense, loops, units
+from plastic_jax.kernels.mapped import EPSILON, Activations, Mapped
 
 
-def available() -> bool:
-    """Whether there are native convolutions on this machine; the first call may compile for some seconds."""
-    return not _reason()
+class Native(Mapped):
+    """One trial at a time."""
+
+    adam: ClassVar[Any] = staticmethod(dense.adam)
+
+    def convolution(self, x: Activations, kernel_TOhwI: Array, bias_TO: Array | None, stride: int) -> Activations:
+        """As `Mapped`; waits for a norm's wish for its statistics."""
+        if bias_TO is not None or self.compute_dtype == "bfloat16":
+            return super().convolution(x, kernel_TOhwI, bias_TO, stride)
+        return _Convolved(self, x, kernel_TOhwI[0].transpose(1, 2, 3, 0).astype(self.dtype), stride)
+
+    def convolve(self, x: Activations, kernel_TOhwI: Array, stride: int, pad: int) -> Array:
+        """A convolution alone."""
+        return _convolve(x, kernel_TOhwI[0].transpose(1, 2, 3, 0), stride)[None]
+
+    def product(self, values_TBD: Array, kernel_TDO: Array) -> Array:
+        """The hidden layers' are native; the head, of few columns, is left to XLA."""
+        if kernel_TDO.shape[-1] < 16:
+            return super().product(values_TBD, kernel_TDO)
+        return dense.product(values_TBD[0], kernel_TDO[0])[None]
+
+    def batch_norm(
+        self, x: Activations, scale_TC: Array, bias_TC: Array, running_TC: Array
+    ) -> tuple[Activations, Array, Array]:
+        """As `Mapped`; after a convolution, yet to be applied."""
+        if not isinstance(x, _Convolved):
+            return super().batch_norm(x, scale_TC, bias_TC, running_TC)
+        out, (mean, var) = x.unit()
+        factor = scale_TC[0] * lax.rsqrt(var + EPSILON)
+        return _Normed(self, out, jnp.stack([mean, factor, bias_TC[0]])), mean[None], var[None]
+
+    def relu(self, x: Activations) -> Activations:
+        """As `Mapped`; of what a norm or a sum has yet to give, part of it."""
+        if isinstance(x, _Normed) and not x.rectified:
+            return _Normed(self, x.out, x.norm_3C, rectified=True)
+        if isinstance(x, _Sum):
+            return Activations(x.rectified(), self)
+        return super().relu(x)
+
+    def add(self, x: Activations, y: Activations) -> Activations:
+        """As `Mapped`; waits for a ReLU."""
+        if isinstance(x, _Normed) and not x.rectified:
+            return _Sum(self, x, y)
+        return super().add(x, y)
+
+    def shared(self, x: Activations) -> Activations:
+        """Computed now, once."""
+        return Activations(x.values, self)
 
 
-def require(platform: str) -> None:
-    """Raises an InputError that says why there are no native convolutions on that backend, if so."""
-    reason = f"programs for {platform} cannot call it" if platform != "cpu" else _reason()
-    if reason:
-        raise InputError(f"convolution is 'native', which is compiled by this machine's C++ compiler, but {reason}.")
+class _Waiting(Activations):
+    """Activations whose `values` are computed when they are asked for."""
+
+    taint, clean = None, True
+
+    def with_values(self, values: Array, **_: Any) -> Activations:
+        """These values, at hand."""
+        return Activations(values, self.kernels)
 
 
-def fits(images_BHWC: Array, kernel_HWIO: Array, strides: Any, pads: Any) -> bool:
-    """Whether it is a convolution that is written there: 3x3 or 1x1, of which the image's size keeps or halves."""
-    taps = kernel_HWIO.shape[0]
-    pad = (taps - 1) // 2
-    return (
-        kernel_HWIO.shape[:2] in ((1, 1), (3, 3))
-        and kernel_HWIO.shape[2] == images_BHWC.shape[3]
-        and tuple(strides) in ((1, 1), (2, 2))
-        and all(tuple(p) == (pad, pad) for p in pads)
-        and images_BHWC.dtype == kernel_HWIO.dtype
-        and images_BHWC.dtype in ("float32", "float64")
-        and min(images_BHWC.shape) > 0
-    )
+class _Convolved(_Waiting):
+    def __init__(self, kernels: Native, inputs: Activations, kernel_HWIO: Array, stride: int):
+        self.kernels, self.inputs, self.kernel_HWIO, self.stride = kernels, inputs, kernel_HWIO, stride
+
+    @property
+    def values(self) -> Array:
+        return _convolve(self.inputs, self.kernel_HWIO, self.stride)[None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        count, *size, _ = self.inputs.shape
+        return (count, *((side - 1) // self.stride + 1 for side in size), self.kernel_HWIO.shape[-1])
+
+    def unit(self) -> tuple[Array, Array]:
+        """The convolution, and its statistics [2, C]."""
+        x = self.inputs
+        fits = isinstance(x, _Normed) and x.rectified
+        images, norm = (x.out, x.norm_3C) if fits else (x.values[0], None)
+        return units.unit(images, self.kernel_HWIO, norm, self.stride)
 
 
-def call(
-    handler: str,
-    operands: Sequence[Array],
-    shapes: Sequence[tuple[int, ...]],
-    into: dict[int, int] | None = None,
-    **attributes: int,
-) -> list[Array]:
-    """One of `_HANDLERS`: its results, of those shapes. An operand or result without values is none.
+class _Normed(_Waiting):
+    """`norm_3C`: mean, factor and bias, yet to be applied; `rectified`: a ReLU too."""
 
-    `into` maps numbers of operands to the results that may take their place.
-    """
-    require("cpu")
-    one = jax.typeof(operands[0])  # inside a shard_map, all vary alike
-    results = [one.update(shape=shape, weak_type=False) for shape in shapes]
-    target = jax.ffi.ffi_call(f"plastic_jax_{handler}", results, vmap_method="sequential", input_output_aliases=into)
-    return list(target(*operands, **attributes))
+    def __init__(self, kernels: Native, out: Array, norm_3C: Array, rectified: bool = False):
+        self.kernels, self.out, self.norm_3C, self.rectified = kernels, out, norm_3C, rectified
 
+    @property
+    def values(self) -> Array:
+        if self.rectified:
+            return units.joined(self.out, self.norm_3C, None, None)[None]
+        return units.normalised(self.out, self.norm_3C)[None]
 
-@functools.cache
-def _reason() -> str:
-    """Compiles, loads and registers; why that failed, or nothing."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    if compiler is None:
-        return "there is none (set CXX to one)"
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-        for name in _HANDLERS:
-            handler = jax.ffi.pycapsule(getattr(library, name))
-            jax.ffi.register_ffi_target(f"plastic_jax_{name}", handler, platform="cpu")
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {(error.stderr.strip() or 'without a word').splitlines()[-1]}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
-        return f"{compiler}'s library cannot be had: {error}"
-    return ""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out.shape
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's path, after compiling it where it is not there yet."""
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=_SECONDS)
-    cpu = platform.processor()
-    with contextlib.suppress(OSError):  # -march=native depends on them; a home folder may serve unlike machines
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
-    version = run([compiler, "--version"]).stdout
-    known = (version, cpu, platform.machine(), importlib.metadata.version("jaxlib"), *_FLAGS)
-    key = hashlib.sha256(
-        "\n".join(known).encode() + b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
-    ).hexdigest()[:16]
-    path = backend.cache() / "native" / f"{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_suffix(f".{os.getpid()}")  # other runs may be compiling the same
-        try:
-            run([compiler, *_FLAGS, "-I", jax.ffi.include_dir(), *map(str, _SOURCES), "-o", str(own)])
-            own.replace(path)
-        finally:
-            own.unlink(missing_ok=True)
-    return path
+class _Sum(_Waiting):
+    def __init__(self, kernels: Native, first: _Normed, second: Activations):
+        self.kernels, self.first, self.second = kernels, first, second
+
+    @property
+    def values(self) -> Array:
+        return self.first.values + self.second.values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.first.shape
+
+    def rectified(self) -> Array:
+        """ReLU of the sum."""
+        first, second = self.first, self.second
+        normed = isinstance(second, _Normed) and not second.rectified
+        other = (second.out, second.norm_3C) if normed else (second.values[0], None)
+        return units.joined(first.out, first.norm_3C, *other)[None]
+
+
+def _convolve(x: Activations, kernel_HWIO: Array, stride: int) -> Array:
+    pad = (kernel_HWIO.shape[0] - 1) // 2
+    return loops.convolution(x.values[0], kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)), units.convolve)

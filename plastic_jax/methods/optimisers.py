@@ -17,7 +17,6 @@ from jax.typing import ArrayLike
 
 from plastic_jax.config import OPTIMIZERS, SCHEDULES
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import native
 
 Params = Any
 """A pytree of floating-point arrays."""
@@ -26,7 +25,7 @@ OptimiserState = Any
 """A pytree of arrays, stacked under `vmap` like the parameters."""
 
 
-def build(optimizer: str, decoupled: bool = False, fused: bool = False) -> Optimiser:
+def build(optimizer: str, decoupled: bool = False, fused: Any = None) -> Optimiser:
     """The optimiser of that name.
 
     With u the update and g the gradient, to which `weight_decay * p` was added unless
@@ -45,7 +44,7 @@ def build(optimizer: str, decoupled: bool = False, fused: bool = False) -> Optim
       optimizer: one of `OPTIMIZERS`.
       decoupled: subtract `learning_rate * weight_decay * p` beside the update instead of adding
         `weight_decay * p` to the gradient; with `adam` it is AdamW (Loshchilov & Hutter 2019).
-      fused: compute Adam's update in one `native` pass over memory, equal up to rounding; the others are as without.
+      fused: Adam's update in one pass over memory where the kernels have it (`kernels.adam`), equal up to rounding.
 
     Raises:
       InputError: for another name.
@@ -61,7 +60,7 @@ class Optimiser:
 
     optimizer: str
     decoupled: bool = False
-    fused: bool = False
+    fused: Any = None
 
     @property
     def transformation(self) -> optax.GradientTransformation:
@@ -101,9 +100,9 @@ class Optimiser:
           The new parameters, with their types unchanged, and the new state.
         """
 
-        if self.fused and self.optimizer == "adam":
+        if self.fused is not None and self.optimizer == "adam":
             decays = (0.0, weight_decay) if self.decoupled else (weight_decay, 0.0)
-            return _fused_adam((grads, params, opt_state.mu, opt_state.nu), opt_state.count, go, learning_rate, *decays)
+            return self.fused((grads, params), opt_state, go, learning_rate, *decays)
 
         def decay(step: Array, param: Array) -> Array:
             return step + jnp.asarray(weight_decay, param.dtype) * param
@@ -120,54 +119,21 @@ class Optimiser:
         return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, (params, opt_state))
 
 
-def _fused_adam(trees: tuple[Params, ...], count: Array, go: ArrayLike, *rates: ArrayLike) -> Any:
-    """Adam in one pass over memory, where XLA makes several.
-
-    Args:
-      trees: gradients, parameters and both moments.
-      count: of the steps before.
-      go: as for `Optimiser.update`.
-      rates: learning rate, and weight decay to add to the gradient and to the step.
-
-    Raises:
-      ValueError: for gradients, parameters and moments of unlike shapes or types, or of other types.
-    """
-    leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
-    each, dtype = len(leaves) // 4, leaves[0].dtype
-    alike = [(leaf.shape, leaf.dtype) for leaf in leaves] == 4 * [(leaf.shape, dtype) for leaf in leaves[:each]]
-    if not alike or dtype not in ("float32", "float64"):  # the native call reads memory by these
-        raise ValueError("gradients, parameters and moments must be of the same shapes, all float32 or float64.")
-    after = optax.safe_increment(count)
-    unbias = [1 / (1 - jnp.asarray(b, dtype) ** after) for b in (0.9, 0.999)]
-    numbers = jnp.stack([jnp.asarray(x, dtype) for x in (go, *rates, *unbias)])
-    into = {1 + each + n: n for n in range(3 * each)}
-    new = native.call("adam", (numbers, *leaves), [leaf.shape for leaf in leaves[each:]], into)
-    structure = jax.tree.structure(trees[1])
-    params, mu, nu = (jax.tree.unflatten(structure, new[k * each : (k + 1) * each]) for k in range(3))
-    return params, optax.ScaleByAdamState(count=jnp.where(go, after, count), mu=mu, nu=nu)
-
-
-def schedule_factor(schedule: str, step: ArrayLike, total_steps: ArrayLike) -> Array:
+def schedule_factor(schedule: ArrayLike, step: ArrayLike, total_steps: ArrayLike) -> Array:
     """What the learning rate is multiplied with at that step of the stage.
 
     `constant`: 1; `cosine`: (1 + cos(pi t)) / 2; `linear`: 1 - t, with t = step / total_steps
     kept within 0 and 1.
 
     Args:
-      schedule: one of `SCHEDULES`.
-      step: steps of the stage already taken, from 0; may be traced, like `total_steps`.
+      schedule: a place in `SCHEDULES`; may be traced, like the others, so that one program serves all.
+      step: steps of the stage already taken, from 0.
       total_steps: length of the stage in steps; the factor reaches 0 there.
 
     Returns:
       A float32 scalar in [0, 1].
-
-    Raises:
-      InputError: for another name.
     """
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
-    if schedule == "constant":
-        return jnp.ones((), jnp.float32)
     total = jnp.maximum(jnp.asarray(total_steps, jnp.float32), 1)
     t = jnp.clip(jnp.asarray(step, jnp.float32) / total, 0, 1)
-    return 1 - t if schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * t))
+    factors = {"constant": jnp.ones_like(t), "cosine": 0.5 * (1 + jnp.cos(jnp.pi * t)), "linear": 1 - t}
+    return jnp.stack([factors[name] for name in SCHEDULES])[schedule]

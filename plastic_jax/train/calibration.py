@@ -1,6 +1,6 @@
 """Choosing a program's formulation by measuring, before its first step.
 
-The candidates of `trial_axis.candidates` train a synthetic data set of the program's shapes in turns, and the fastest
+The candidates of `choice.candidates` train a synthetic data set of the program's shapes in turns, and the fastest
 is taken if it is clearly faster than the one that the rule names. What was measured is remembered in the user's cache
 folder, by device, versions, model and shapes. Where a run is too short for measuring to pay, the rule decides.
 """
@@ -25,8 +25,10 @@ import numpy as np
 from plastic_jax import backend, plan, trial
 from plastic_jax.config import FIELDS, STATIC, Config, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
+from plastic_jax.kernels import Form
+from plastic_jax.train.choice import candidates
 from plastic_jax.train.program import ProgramRun
-from plastic_jax.train.trial_axis import Candidate, Formulation, candidates
+from plastic_jax.train.trial_axis import Formulation
 
 WORTH = {"cpu": 2e13}
 """FLOPs of a program from which on measuring pays: about ten minutes of two CPU cores; elsewhere `WORTH_ELSEWHERE`."""
@@ -38,14 +40,14 @@ _PACKAGE = Path(__file__).parents[1]
 _PACE = ("kernels", "methods", "models", "train")  # the folders whose files set it
 _BATCHES = 4  # of the synthetic train set
 TESTS = 8
-_UNMEASURED = ("dataset", "train_examples", "validation_fraction", "schedule", "initialisation")  # do not set the pace
+_UNMEASURED = ("dataset", "train_examples", "validation_fraction", "initialisation")  # do not set the pace
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The candidate taken, how (`set`, `rule`, `measured`, `remembered`, `to be measured`), and ms a trial-step."""
+    """The form taken, how (`set`, `rule`, `measured`, `remembered`, `to be measured`), and ms a trial-step."""
 
-    candidate: Candidate
+    form: Form
     source: str
     milliseconds: dict[str, float]
 
@@ -60,7 +62,7 @@ def choose(
     """The formulation for a program of so many `flops` on the devices at hand.
 
     Args:
-      sweep: its trial_axis and convolution are kept to.
+      sweep: its kernels, block and group are kept to.
       point: the program's static values.
       spec: sizes of its data set.
       flops: what all of the program computes.
@@ -69,10 +71,10 @@ def choose(
       measure: whether to measure what is not remembered; False for a dry run.
     """
     worth = flops >= WORTH.get(kind, WORTH_ELSEWHERE) and kind == jax.default_backend()
-    rule, *others = candidates(sweep, point.model, kind, worth)
+    rule, *others = candidates(sweep, point, kind, leaves, worth)
     found = (rule, *(c for c in others if c.block <= max(leaves, rule.block)))
     if len(found) == 1:
-        return Choice(found[0], "set" if "auto" not in (sweep.trial_axis, sweep.convolution) else "rule", {})
+        return Choice(found[0], "rule" if sweep.kernels == "auto" else "set", {})
     if not worth:
         return Choice(found[0], "rule", {})
     file = backend.cache() / "calibration" / f"{_key(point, spec, found)}.json"
@@ -90,7 +92,7 @@ def choose(
     return Choice(best(found, measured), "measured", measured)
 
 
-def best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidate:
+def best(found: Sequence[Form], milliseconds: dict[str, float]) -> Form:
     """The fastest, or the first one where no other is clearly faster."""
     ran = [c for c in found if str(c) in milliseconds] or [found[0]]
     fastest = min(ran, key=lambda c: milliseconds.get(str(c), math.inf))
@@ -98,7 +100,7 @@ def best(found: Sequence[Candidate], milliseconds: dict[str, float]) -> Candidat
     return fastest if milliseconds.get(str(fastest), math.inf) < CLEARLY * rule else found[0]
 
 
-def _key(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> str:
+def _key(point: Config, spec: DatasetSpec, found: Sequence[Form]) -> str:
     values = {name: getattr(point, name) for name in STATIC if name not in _UNMEASURED}
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
     ours = [
@@ -111,7 +113,7 @@ def _key(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> str:
     return hashlib.sha256(json.dumps([values, where], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(file: Any, found: Sequence[Candidate]) -> dict[str, float]:
+def _read(file: Any, found: Sequence[Form]) -> dict[str, float]:
     """What was measured before; empty where nothing was, or where the file is damaged."""
     try:
         times = json.loads(file.read_text())["milliseconds"]
@@ -153,21 +155,21 @@ def train(run: ProgramRun, epochs: int) -> tuple[float, int]:
     return time.perf_counter() - begin, run.steps_done - before
 
 
-def measure_all(point: Config, spec: DatasetSpec, found: Sequence[Candidate]) -> dict[str, float]:
+def measure_all(point: Config, spec: DatasetSpec, found: Sequence[Form]) -> dict[str, float]:
     """Milliseconds a trial-step of each candidate that the device can run: medians of samples taken in turns."""
     devices = jax.local_devices()
     dataset = synthetic(spec, _BATCHES * point.batch_size)
     together = max(c.block for c in found)  # the same number of trials for all
     runs, epochs = {}, {}
     for c in found:
-        form = Formulation(c.trial_axis, c.convolution, together * len(devices), c.block)
+        form = Formulation(c.kernels, c.block, c.group, together // c.block * c.block * len(devices))
         try:
             runs[c] = trainer(point, dataset, form, devices)
             train(runs[c], 1)  # compiles
             epochs[c] = max(1, round(SECONDS / train(runs[c], 1)[0]))
         except RuntimeError:  # out of memory, or nothing that this backend compiles
             runs.pop(c, None)
-    samples: dict[Candidate, list[float]] = {c: [] for c in runs}
+    samples: dict[Form, list[float]] = {c: [] for c in runs}
     for _ in range(ROUNDS):
         for c, run in runs.items():
             seconds, steps = train(run, epochs[c])

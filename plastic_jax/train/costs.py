@@ -13,9 +13,12 @@ Bytes are estimates, but for state and data: the compiler decides what to keep.
 import math
 from dataclasses import dataclass
 
+import jax
+
 from plastic_jax import models, sampler
 from plastic_jax.config import Config
 from plastic_jax.data import DatasetSpec
+from plastic_jax.kernels import Form
 from plastic_jax.train import core
 
 # FLOPs of an update for one parameter, from the gradient's decay to the choice of the old value after a
@@ -70,17 +73,24 @@ class Costs:
     working_bytes: int
     """What a trial needs beside that while it computes: a copy of the state, gradients and activations."""
 
-    def device_bytes(self, slots: int, together: int) -> int:
+    expanded_bytes: int = 0
+    """Estimate: a convolutional net's kernels in the type to compute in, and their gradients: a group of G trials side
+    by side holds G times as much for each, zeros included."""
+    convolutional: bool = True
+
+    def device_bytes(self, slots: int, together: int, group: int = 1) -> int:
         """Estimate of all that a device needs.
 
         Args:
           slots: trials that are on the device.
-          together: how many of them compute at a time: a formulation's `block`.
+          together: how many of them compute at a time: a form's `block`.
+          group: how many of these are side by side in the channels.
         """
-        return self.dataset_bytes + slots * self.resident_bytes + min(slots, together) * self.working_bytes
+        working = self.working_bytes + (group - 1) * self.expanded_bytes
+        return self.dataset_bytes + slots * self.resident_bytes + min(slots, together) * working
 
 
-def costs(point: Config, spec: DatasetSpec, convolution: str = "plain") -> Costs:
+def costs(point: Config, spec: DatasetSpec) -> Costs:
     """The costs of a trial of `point` on a data set of that `spec`; no data, no compilation, no device.
 
     A convolution from C to O channels takes 2 v_h v_w C O FLOPs for its forward pass and for each of its
@@ -91,19 +101,10 @@ def costs(point: Config, spec: DatasetSpec, convolution: str = "plain") -> Costs
     Args:
       point: its static values decide.
       spec: sizes of the data set.
-      convolution: the formulation; where the kernel has more taps than the image pixels, `mended` computes
-        padding too.
     """
     batch, pixels = point.batch_size, math.prod(spec.shape)
-    net = (_mlp if point.model == "mlp" else _resnet)(point, spec, convolution)
-    parameters = models.parameters_count(
-        point.model,
-        width=point.width,
-        depth=point.depth,
-        norm=point.norm,
-        classes=spec.classes,
-        shape_HWC=spec.shape,
-    )
+    net = (_mlp if point.model == "mlp" else _resnet)(point, spec)
+    parameters = parameters_count(point, spec)
     moments = _MOMENTS[point.optimizer]
     update = _UPDATE[point.optimizer] - 2 * moments * point.decoupled  # undecayed gradients for the moments
     step = net.products + net.elementwise + _LOSS * spec.classes
@@ -135,7 +136,15 @@ def costs(point: Config, spec: DatasetSpec, convolution: str = "plain") -> Costs
         dataset_bytes=(spec.train_examples + spec.test_examples) * (pixels + 4),
         resident_bytes=resident,
         working_bytes=working,
+        expanded_bytes=2 * computed * parameters if net.convolutional else 0,
+        convolutional=net.convolutional,
     )
+
+
+def parameters_count(point: Config, spec: DatasetSpec) -> int:
+    """Number of parameters: 11 173 962 for a ResNet of width 64, depth 2, BatchNorm, 10 classes and 3 channels."""
+    network = models.network(point, spec.shape, spec.classes, Form("mapped"))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.shapes()["params"]))
 
 
 def _evaluation_batch(examples: int) -> int:
@@ -148,6 +157,7 @@ class _Tally:
     """Sums over a network's layers, for one image."""
 
     norm: str
+    convolutional: bool
     products: int = 0  # FLOPs of convolutions and linear layers, forward and backward
     padded: int = 0  # the same with all taps
     forward: int = 0  # the same of the forward pass alone
@@ -180,8 +190,8 @@ class _Tally:
         self.evaluation += (anew + 1) * values
 
 
-def _mlp(point: Config, spec: DatasetSpec, _: str) -> _Tally:
-    net, inputs = _Tally(point.norm), math.prod(spec.shape)
+def _mlp(point: Config, spec: DatasetSpec) -> _Tally:
+    net, inputs = _Tally(point.norm, False), math.prod(spec.shape)
     net.elementwise = net.evaluation = _NORMALISE * inputs
     bias = int(point.norm != "none")  # beside the norm's own
     for layer in range(point.depth):
@@ -196,8 +206,8 @@ def _mlp(point: Config, spec: DatasetSpec, _: str) -> _Tally:
     return net
 
 
-def _resnet(point: Config, spec: DatasetSpec, convolution: str) -> _Tally:
-    net, apply = _Tally(point.norm), _APPLY[point.norm]
+def _resnet(point: Config, spec: DatasetSpec) -> _Tally:
+    net, apply = _Tally(point.norm, True), _APPLY[point.norm]
     height, width, channels = spec.shape
     # Training normalises the image twice: for the kernel's gradient in another layout.
     net.evaluation = _NORMALISE * height * width * channels
@@ -206,14 +216,10 @@ def _resnet(point: Config, spec: DatasetSpec, convolution: str) -> _Tally:
     def convolve(channels: int, stride: int, taps: int = 3, shared: int = 0) -> None:
         """Count a convolution of `before` and its norm, of which `shared` sums are another layer's too."""
         first = not net.products
-        (h, up, rows), (w, across, columns) = (_taps(size, taps, stride) for size in before[:2])
+        (h, up), (w, across) = (_taps(size, taps, stride) for size in before[:2])
         inside, pair = up * across, 2 * before[2] * channels
-        forward = backward = inside
-        if convolution == "mended":  # pads beforehand where the kernel has more taps than the image pixels
-            forward = h * w * rows * columns if rows * columns > before[0] * before[1] else inside
-            backward = before[0] * before[1] * rows * columns if rows * columns > h * w else inside
-        net.forward += pair * forward
-        net.products += pair * (forward + inside + (0 if first else backward))
+        net.forward += pair * inside
+        net.products += pair * inside * (2 if first else 3)
         net.padded += pair * h * w * taps**2 * (2 if first else 3)
         again = 0 if first else _TRAIN_AGAIN[point.norm]
         net.normalised(h * w * channels, channels, _TRAIN[point.norm] + again - shared)
@@ -251,9 +257,9 @@ def _resnet(point: Config, spec: DatasetSpec, convolution: str) -> _Tally:
     return net
 
 
-def _taps(size: int, taps: int, stride: int) -> tuple[int, int, int]:
-    """Of a convolution along an axis: outputs, pairs of output and tap inside the image, taps ever inside."""
+def _taps(size: int, taps: int, stride: int) -> tuple[int, int]:
+    """Of a convolution along an axis: outputs, and pairs of output and tap inside the image."""
     pad = (taps - 1) // 2
     outputs = (size - 1) // stride + 1
     inside = [sum(0 <= i * stride + tap - pad < size for i in range(outputs)) for tap in range(taps)]
-    return outputs, sum(inside), sum(count > 0 for count in inside)
+    return outputs, sum(inside)

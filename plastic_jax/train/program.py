@@ -19,11 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plastic_jax import models, plan, sampler
-from plastic_jax.config import STATIC, Config
+from plastic_jax.config import SCHEDULES, STATIC, Config
 from plastic_jax.data import Dataset
+from plastic_jax.kernels import Form
 from plastic_jax.plan import Node, ProgramPlan
 from plastic_jax.results import replace_file
 from plastic_jax.train import core, trial_axis
+from plastic_jax.train.state import Beginning, Sample, Stage, resident
 from plastic_jax.train.trial_axis import Formulation
 
 Tree = Any
@@ -66,20 +68,19 @@ def programs(
     static: Config,
     shape: tuple[int, int, int],
     classes: int,
-    axis: str,
-    block: int,
-    convolution: str,
+    form: Form,
     mixes: bool,
     over: Mesh,
 ) -> Compiled:
     """Made, and so compiled, once in a process for equal static values; `programs.cache_clear()` forgets them."""
-    one = core.Core(static, shape, classes, convolution, mixes)
+    one = core.Core(static, shape, classes, form, mixes)
+    over_trials = trial_axis.over_trials
     return Compiled(
         one,
-        trial_axis.over_trials(one.chunk, axis, over, donate=(0,), block=block),
-        trial_axis.over_trials(one.start, axis, over, donate=(0,), block=block),
-        trial_axis.over_trials(one.place, axis, over, donate=(0,), block=block),
-        trial_axis.over_trials(one.fit, axis, over, block=block),
+        over_trials(one.chunk, form.block, over, donate=(0,)),
+        over_trials(one.start, form.block, over, donate=(0,)),
+        over_trials(one.place, form.block, over, donate=(0,)),
+        over_trials(one.fit, form.block, over),
     )
 
 
@@ -105,22 +106,18 @@ class ProgramRun:
             static,
             dataset.spec.shape,
             dataset.spec.classes,
-            formulation.trial_axis,
-            formulation.block,
-            formulation.convolution,
+            formulation.form,
             program.mixes,
             self.mesh,
         )
         self.core = self._compiled.core
-        self._data = trial_axis.replicated(core.resident(dataset), self.mesh)
+        self._data = trial_axis.replicated(resident(dataset), self.mesh)
         self._remaining = program.remaining()
         self._samples: dict[tuple[Any, ...], sampler.TrainSet] = {}
         self._sample_host = self._blank_sample()
         self._sample: Tree = None
         self._stage: Tree = None
-        one = jax.eval_shape(
-            lambda: dict(self.core.init(jnp.uint32(0)), order=jnp.asarray(self._sample_host["permutation"][0]))
-        )
+        one = jax.eval_shape(lambda: self.core.init(jnp.uint32(0), self._sample_host.permutation.shape[1]))
         self.structure = jax.tree.structure(one)
         self.leaves = jax.tree.leaves(one)
         # From here on: all that a checkpoint holds.
@@ -187,10 +184,10 @@ class ProgramRun:
                 for whole, leaf in zip(stack, self.store[source], strict=True):
                     whole[i] = leaf
             mask = np.isin(np.arange(len(self.slots)), loads)
-            loaded = {"loaded": jax.tree.unflatten(self.structure, stack), "mask": mask}
-            self._state = self._compiled.place({"state": self._state}, trial_axis.sharded(loaded, self.mesh), {})[
-                "state"
-            ]
+            loaded = jax.tree.unflatten(self.structure, stack)
+            self._state = self._compiled.place(
+                self._state, trial_axis.sharded(loaded, self.mesh), trial_axis.sharded(mask, self.mesh), None
+            )
             self._host = None
         for i in dealt:
             node = self._node(i)
@@ -199,15 +196,16 @@ class ProgramRun:
         self._sample = trial_axis.sharded(self._sample_host, self.mesh)
         self._stage = trial_axis.sharded(self._stage_arrays(), self.mesh)
         if dealt:
-            flags = {name: np.zeros(len(self.slots), bool) for name in ("fresh", "begin", "resume")}
+            how = Beginning(*(np.zeros(len(self.slots), bool) for _ in range(3)))
             for i in dealt:
                 node = self._node(i)
-                flags["fresh"][i] = self.slots[i].source is None
-                flags["begin"][i] = node.begins
-                flags["resume"][i] = node.control
+                how.fresh[i] = self.slots[i].source is None
+                how.begin[i] = node.begins
+                how.resume[i] = node.control
                 self.slots[i].source = None
-            rest = {"stage": self._stage, "sample": self._sample, **trial_axis.sharded(flags, self.mesh)}
-            self._state, self._host = self._compiled.start({"state": self._state}, rest, {})["state"], None
+            how = trial_axis.sharded(how, self.mesh)
+            self._state = self._compiled.start(self._state, self._stage, self._sample, how, None)
+            self._host = None
             self._forget()
 
     def _run_chunk(self) -> Pending:
@@ -225,11 +223,11 @@ class ProgramRun:
                     slot.waiting = True
                 else:
                     ended.append(i)
-        rest = {"sample": self._sample, "stage": self._stage, "target": trial_axis.sharded(target, self.mesh)}
+        target = trial_axis.sharded(target, self.mesh)
         with jax.transfer_guard("disallow"):  # nothing but what is named above goes to the device
-            out = self._compiled.chunk({"state": self._state}, rest, self._data)
-        self._state, self._host = out["state"], None
-        pending = Pending(out["metrics"], entries)
+            self._state, metrics = self._compiled.chunk(self._state, self._stage, self._sample, target, self._data)
+        self._host = None
+        pending = Pending(metrics, entries)
         if ended:
             fits = self._fits(ended)
             pending.fits = [(i, fits) for i in ended]
@@ -241,7 +239,7 @@ class ProgramRun:
         """Read a chunk's metrics into the records; move on trials that ended by accuracy or diverged."""
         if pending is None:
             return
-        metrics = {k: np.asarray(v) for k, v in jax.device_get(pending.metrics).items()}
+        metrics = {k: np.asarray(v) for k, v in vars(jax.device_get(pending.metrics)).items() if v is not None}
         fits = {i: float(np.asarray(values)[i]) for i, values in pending.fits}
         for i, index in pending.entries:
             node = self.nodes[index]
@@ -347,8 +345,8 @@ class ProgramRun:
 
     def _fits(self, slots: list[int]) -> jax.Array:
         wanted = np.isin(np.arange(len(self.slots)), slots)
-        rest = {"sample": self._sample, "stage": self._stage, "wanted": trial_axis.sharded(wanted, self.mesh)}
-        return self._compiled.fit({"state": self._state}, rest, self._data)
+        wanted = trial_axis.sharded(wanted, self.mesh)
+        return self._compiled.fit(self._state, self._stage, self._sample, wanted, self._data)
 
     # Host arrays
 
@@ -366,12 +364,11 @@ class ProgramRun:
         stack = [np.zeros((self.formulation.slots, *leaf.shape), leaf.dtype) for leaf in self.leaves]
         return jax.tree.unflatten(self.structure, stack)
 
-    def _blank_sample(self) -> dict[str, np.ndarray]:
+    def _blank_sample(self) -> Sample:
         point, pool, slots = self.plan.point, self.dataset.spec.train_examples, self.formulation.slots
         n = sampler.train_size(pool, point.train_examples, point.validation_fraction)
         held = sampler.validation_size(pool, point.validation_fraction)
-        sizes = {"ids": n, "labels": n, "permutation": n, "held_back": held}
-        return {name: np.zeros((slots, size), np.int32) for name, size in sizes.items()}
+        return Sample(*(np.zeros((slots, size), np.int32) for size in (n, n, n, held)))
 
     def _set_sample(self, i: int, node: Node) -> None:
         point, seed, key = node.trial.point, node.trial.seed, node.trial.sample
@@ -385,16 +382,16 @@ class ProgramRun:
                 label_noise=point.label_noise,
                 nesting=point.nesting,
             )
-        for name, whole in self._sample_host.items():
+        for name, whole in vars(self._sample_host).items():
             whole[i] = getattr(self._samples[key], name)
 
-    def _stage_arrays(self) -> dict[str, np.ndarray]:
-        """The dynamic values of each slot's stage, [slots] each (`redrawn` [slots, modules])."""
+    def _stage_arrays(self) -> Stage:
+        """The dynamic values of each slot's stage."""
         batch, real = self.plan.point.batch_size, np.dtype(self.core.dtype)
         kinds = {
             "seed": np.uint32, "stream": np.int32, "size": np.int32, "steps": np.int32, "learning_rate": real,
             "weight_decay": real, "accuracy": real, "restart_batch_stats": bool, "reset_optimizer": bool,
-            "prefix": np.int32, "gamma": np.float32,
+            "prefix": np.int32, "gamma": np.float32, "schedule": np.int32,
         }  # fmt: skip
         arrays = {name: np.zeros(len(self.slots), kind) for name, kind in kinds.items()}
         arrays["size"][:] = arrays["prefix"][:] = 1
@@ -407,20 +404,21 @@ class ProgramRun:
             for name, array in arrays.items():
                 if name == "seed":
                     array[i] = node.trial.seed
+                elif name == "schedule":
+                    array[i] = SCHEDULES.index(node.trial.point.schedule)
                 elif name == "steps":
                     array[i] = sampler.stage_steps(node.stage.size, node.stage.epochs, batch)
                 else:
                     array[i] = max(1, node.stage.prefix) if name == "prefix" else getattr(node.stage, name)
             redrawn[i, [number - 1 for number in node.stage.redrawn]] = True
-        return {**arrays, "redrawn": redrawn}
+        return Stage(**arrays, redrawn=redrawn)
 
     def lower_chunk(self) -> Any:
         """The chunk's program as JAX lowers it, for XLA's analyses."""
         if self._stage is None:
             self._deal()
         target = trial_axis.sharded(np.zeros(len(self.slots), np.int32), self.mesh)
-        rest = {"sample": self._sample, "stage": self._stage, "target": target}
-        return self._compiled.chunk.lower({"state": self._state}, rest, self._data)
+        return self._compiled.chunk.lower(self._state, self._stage, self._sample, target, self._data)
 
     def chunk_bytes(self) -> int:
         """What a chunk needs on one device."""
@@ -476,7 +474,7 @@ class ProgramRun:
         if not names:
             return
         one = jax.tree.unflatten(self.structure, list(range(len(self.leaves))))
-        places = jax.tree.leaves({name: one[name] for name in ("params", "batch_stats")})
+        places = jax.tree.leaves({name: getattr(one, name) for name in ("params", "batch_stats")})
         ocp.save(
             folder / "models", _numbered([np.stack([self.store[n][p] for n in names]) for p in places]), overwrite=True
         )

@@ -1,6 +1,6 @@
-"""The formulations of a convolution, and of a unit of norm, ReLU and convolution, which `native` computes in one go.
+"""A unit of norm, ReLU and convolution in one go: the native kernels' convolutions.
 
-XLA's own convolution is `plain`; for `mended` and `products` see `loops.py`. `native` calls `native_convolution.cc`,
+They call `cc/native_convolution.cc`,
 compiled for the machine at hand, for 3x3 and 1x1 convolutions in float32 and float64, and is `products` for others. One
 core does a narrow net's convolutions at 100 to 180 GFLOP/s there, about half of the time that `products` takes forwards
 and for images, and a third for kernels. With BatchNorm the norms and ReLUs between them, their statistics and gradients
@@ -10,45 +10,22 @@ then takes 0.66 of the time, with w = 16, batch 128, 0.78 (two cores with AVX-51
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from plastic_jax.errors import InputError
-from plastic_jax.kernels import loops, native
-
-FORMULATIONS = ("plain", "mended", "products", "native")
+from plastic_jax.kernels import library, loops
 
 
-def conv(name: str) -> Callable[..., Array]:
-    """The convolution of that formulation, for `flax.linen.Conv(conv_general_dilated=...)`.
-
-    Args:
-      name: one of `FORMULATIONS`. `plain` is `lax.conv_general_dilated`; `mended` is equal to it value for value and
-        gradient for gradient, the rest up to rounding.
-
-    Raises:
-      InputError: for another name, or `native` on a machine that cannot compile it.
-    """
-    if name == "plain":
-        return lax.conv_general_dilated
-    if name == "native":
-        native.require("cpu")
-        return partial(loops.convolution, convolve=_native)
-    if name in FORMULATIONS:
-        return partial(loops.convolution, convolve=lambda *x: loops.differentiable(*x, name))
-    raise InputError(f"convolution is {name!r}; it must be one of {', '.join(FORMULATIONS)}.")
-
-
-def _native(
+def convolve(
     images_BHWC: Array, kernel_HWIO: Array, strides: tuple[int, ...], pads: tuple[loops.Pair, ...], precision: Any
 ) -> Array:
-    if not native.fits(images_BHWC, kernel_HWIO, strides, pads):
+    """A convolution alone, for `loops.convolution`."""
+    if not library.fits(images_BHWC, kernel_HWIO, strides, pads):
         return loops.differentiable(images_BHWC, kernel_HWIO, strides, pads, precision, "products")
     images_BHWC, norm = loops.vary_alike(images_BHWC, _none(images_BHWC))
     out_BHWO, _ = _unit(images_BHWC, kernel_HWIO, norm, strides[0], False)
@@ -58,7 +35,7 @@ def _native(
 def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: int) -> tuple[Array, Array]:
     """A convolution of what comes out of a norm and a ReLU, and its own mean and variance: `native`, in one go.
 
-    Then neither the norm's output nor its gradient are written to memory. What `native.fits` does not take is computed
+    Then neither the norm's output nor its gradient are written to memory. What `library.fits` does not take is computed
     in JAX's own operations.
 
     Args:
@@ -79,7 +56,7 @@ def unit(images_BHWC: Array, kernel_HWIO: Array, norm_3C: Array | None, stride: 
     )
     pad = (kernel_HWIO.shape[0] - 1) // 2
     kernel, pads = loops.without_unused_taps(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))
-    if native.fits(images_BHWC, kernel, (stride, stride), pads):
+    if library.fits(images_BHWC, kernel, (stride, stride), pads):
         return _unit(images_BHWC, kernel, norm, stride, True)
     return _written_out(images_BHWC, kernel_HWIO, norm, stride, True, lambda *x: loops.differentiable(*x, "products"))
 
@@ -134,7 +111,7 @@ def _unit_forward(
     shape = (count, *((side - 1) // stride + 1 for side in size), outputs)
     operands = images_BHWC, kernel_HWIO, norm
     shapes = shape, (2 * statistics, outputs)
-    out, seen = native.call("forward", operands, shapes, stride=stride, pad=(taps - 1) // 2)
+    out, seen = library.call("forward", operands, shapes, stride=stride, pad=(taps - 1) // 2)
     return out, seen
 
 
@@ -157,7 +134,7 @@ def _unit_backward(
         (2 * (norm.shape[0] > 0) * of_images, channels),
     )
     pad = (kernel_HWIO.shape[0] - 1) // 2
-    of_x, of_w, sums = native.call("backward", operands, shapes, stride=stride, pad=pad)
+    of_x, of_w, sums = library.call("backward", operands, shapes, stride=stride, pad=pad)
     return of_x, of_w, sums
 
 
@@ -242,7 +219,7 @@ def _join_backward(
 ) -> list[Array]:
     sums = (2, images.shape[-1])
     shapes = images.shape, sums, other.shape, sums if other.shape[0] else (0, sums[1])
-    return native.call("join", (gradient, out, images, norm, other, other_norm), shapes)
+    return library.call("join", (gradient, out, images, norm, other, other_norm), shapes)
 
 
 @_join_backward.defjvp

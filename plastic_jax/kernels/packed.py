@@ -1,0 +1,170 @@
+"""Blocks of trials for accelerators: K dense convolutions, and one operation for all trials of everything else.
+
+A narrow network's step is bound by the number of kernels that it launches, not by their work, so that the trials of a
+block share launches. Within a group of G trials a convolution is block-diagonal, and 0 * NaN is NaN: so no non-finite
+value may enter one, forwards or backwards. They are taken out, and the trial that had them is marked by its own
+statistics, loss and gradients (contract 6): `taint` is NaN once a norm's statistics, scale or bias were not finite, and
+is added to its features, where the network leaves the channels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from plastic_jax.kernels.mapped import EPSILON, Activations, Mapped, one_convolution
+
+
+class Packed(Mapped):
+    """T = K G trials at a time."""
+
+    batched: ClassVar[bool] = True
+
+    def enter(self, images: Array) -> Activations:
+        """The images are turned round while they are bytes; nothing else is."""
+        groups, group = self.trials // self.group, self.group
+        if images.ndim == 4:
+            values = jnp.broadcast_to(images[None, ..., None, :], (groups, *images.shape[:3], group, images.shape[3]))
+        else:
+            values = jnp.moveaxis(images.reshape(groups, group, *images.shape[1:]), 1, 4)
+        values = values.reshape(*values.shape[:4], -1)
+        taint = jnp.zeros(self.trials, self.real) if group > 1 else None
+        return Activations(self.normalised_images(values), self, taint)
+
+    def convolution(self, x: Activations, kernel_TOhwI: Array, bias_TO: Array | None, stride: int) -> Activations:
+        """As `Mapped`; without a norm after it, its own output tells whether it is finite."""
+        x = super().convolution(x, kernel_TOhwI, bias_TO, stride)
+        if bias_TO is None or x.taint is None:
+            return x
+        axes = tuple(range(1, x.values.ndim - 1))
+        return self._tainted(x, x.values.sum(axes, dtype=self.real))
+
+    def convolve(self, x: Activations, kernel_TOhwI: Array, stride: int, pad: int) -> Array:
+        """K convolutions, each block-diagonal in its G trials."""
+        values, group = x.values, self.group
+        if group == 1:
+            each = [one_convolution(values[k], kernel_TOhwI[k], stride, pad) for k in range(self.trials)]
+            return jnp.stack(each)
+        if not x.clean:
+            values = _finite(values)
+        kernels = _block_diagonal(kernel_TOhwI, group)
+        each = [one_convolution(v, kernel, stride, pad) for v, kernel in zip(values, kernels, strict=True)]
+        return _finite_gradient(jnp.stack(each))
+
+    def product(self, values_TBD: Array, kernel_TDO: Array) -> Array:
+        """A batched product."""
+        return jnp.matmul(values_TBD, kernel_TDO)
+
+    def batch_norm(
+        self, x: Activations, scale_TC: Array, bias_TC: Array, running_TC: Array
+    ) -> tuple[Activations, Array, Array]:
+        """As `Mapped`, but one pass for the sums forwards and one for those backwards."""
+        per = partial(self.per_channel, like=x.values)
+        shift = lax.stop_gradient(per(running_TC))
+        values, mean, var = _batch_norm(x.values, per(scale_TC), per(bias_TC), shift, self.dtype, self.real)
+        mean, var = self.per_trial(mean), self.per_trial(var)
+        x = self._tainted(x.with_values(values), mean, var, scale_TC, bias_TC)
+        return x, mean, var
+
+    def normalise(self, x: Activations, mean: Array, var: Array, scale: Array, bias: Array) -> Activations:
+        """As `Mapped`."""
+        return self._tainted(super().normalise(x, mean, var, scale, bias), mean, var, scale, bias)
+
+    def layer_norm(self, x: Activations, scale_TC: Array, bias_TC: Array) -> Activations:
+        """As `Mapped`."""
+        x = super().layer_norm(x, scale_TC, bias_TC)
+        if x.taint is None:
+            return x
+        return self._tainted(x, x.values.sum(tuple(range(1, x.values.ndim - 1)), dtype=self.real))
+
+    def relu(self, x: Activations) -> Activations:
+        """As `Mapped`; what is not finite becomes 0 where it could reach another trial."""
+        if x.taint is None or x.clean:
+            return super().relu(x)
+        return x.with_values(_finite_relu(x.values), clean=True)
+
+    def by_trial(self, x: Activations, values: Array) -> Activations:
+        """As `Mapped`; here the trials part, and a trial's taint spoils its own values again."""
+        x = super().by_trial(x, values)
+        if x.taint is None:
+            return x
+        taint = x.taint.astype(x.values.dtype).reshape(-1, *(1,) * (x.values.ndim - 1))
+        return x.with_values(x.values + taint, taint=None, clean=True)
+
+    def _tainted(self, x: Activations, *values: Array) -> Activations:
+        """NaN for the trials that have anything non-finite in the `values` [T, C] or [K, G C]."""
+        if x.taint is None:
+            return x
+        total = sum((self.per_trial(v) for v in values[1:]), start=self.per_trial(values[0]))
+        return x.with_values(x.values, taint=x.taint + 0 * lax.stop_gradient(total).sum(-1), clean=False)
+
+
+def _block_diagonal(kernel_TOhwI: Array, group: int) -> Array:
+    """[T, O, h, w, I] -> [K, G O, h, w, G I]; zeros are chosen, not multiplied: a kernel may hold infinities."""
+    trials, outputs, height, width, inputs = kernel_TOhwI.shape
+    apart = kernel_TOhwI.reshape(trials // group, group, outputs, height, width, 1, inputs)
+    own = jnp.eye(group, dtype=bool).reshape(1, group, 1, 1, 1, group, 1)
+    full = jnp.where(own, apart, jnp.zeros((), apart.dtype))
+    return full.reshape(trials // group, group * outputs, height, width, group * inputs)
+
+
+def _only_finite(values: Array) -> Array:
+    return jnp.where(jnp.isfinite(values), values, jnp.zeros((), values.dtype))
+
+
+@jax.custom_vjp
+def _finite(values: Array) -> Array:
+    """Non-finite values become 0, the gradient stays."""
+    return _only_finite(values)
+
+
+_finite.defvjp(lambda values: (_only_finite(values), None), lambda _, gradient: (gradient,))
+
+
+@jax.custom_vjp
+def _finite_gradient(values: Array) -> Array:
+    """The values stay, non-finite values of the gradient become 0."""
+    return values
+
+
+_finite_gradient.defvjp(lambda values: (values, None), lambda _, gradient: (_only_finite(gradient),))
+
+
+def _finite_relu(values: Array) -> Array:
+    zero = jnp.zeros((), values.dtype)
+    return jnp.where((values > 0) & (values < jnp.inf), values, zero)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _batch_norm(values: Array, scale: Array, bias: Array, shift: Array, dtype: Any, real: Any) -> Any:
+    """Normalised values, mean and biased variance; `shift` lies near the mean, or the sums of squares would cancel."""
+    return _batch_norm_forward(values, scale, bias, shift, dtype, real)[0]
+
+
+def _batch_norm_forward(values: Array, scale: Array, bias: Array, shift: Array, dtype: Any, real: Any) -> Any:
+    axes = tuple(range(1, values.ndim - 1))
+    away = values.astype(real) - shift
+    first, second = away.mean(axes, keepdims=True), jnp.square(away).mean(axes, keepdims=True)
+    mean, var = shift + first, jnp.maximum(second - jnp.square(first), 0)
+    inverse = lax.rsqrt(var + EPSILON)
+    out = (values.astype(real) - mean) * (scale * inverse) + bias
+    return (out.astype(dtype), mean, var), (values, scale, mean, inverse)
+
+
+def _batch_norm_backward(dtype: Any, real: Any, saved: Any, gradients: Any) -> Any:
+    values, scale, mean, inverse = saved
+    gradient = gradients[0].astype(real)  # the running statistics are not differentiated
+    axes = tuple(range(1, values.ndim - 1))
+    standard = (values.astype(real) - mean) * inverse
+    of_bias = gradient.sum(axes, keepdims=True)
+    of_scale = (gradient * standard).sum(axes, keepdims=True)
+    n = values.size // (values.shape[0] * values.shape[-1])
+    of_values = (gradient - of_bias / n - standard * (of_scale / n)) * (scale * inverse)
+    return of_values.astype(values.dtype), of_scale, of_bias, jnp.zeros_like(mean)
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

@@ -1,0 +1,94 @@
+"""Which form a program's trials are computed in: what there is to choose from, the rule, and how many trials fit."""
+
+import math
+
+from plastic_jax import kernels, models
+from plastic_jax.config import Config, Sweep
+from plastic_jax.errors import InputError
+from plastic_jax.kernels import Form
+from plastic_jax.train.costs import Costs
+from plastic_jax.train.trial_axis import Formulation
+
+CHANNELS = (128, 64, 256)
+"""Channels of the first module that a group of trials should have side by side, the rule's first.
+
+Narrower convolutions are bound by their launch, and grouped ones are slow backwards (an H200, 2026-11: ResNet-18 of
+w = 8, 16 trials, 0.30 ms a trial-step with 128 channels, 0.36 with 64, 0.43 grouped, 1.66 one by one).
+"""
+GROUPS = 4  # K, convolutions one after another in a block
+MLP_BLOCK = 256
+CPU_BLOCK = 8
+
+
+def candidates(sweep: Sweep, point: Config, backend: str, leaves: int, measured: bool = False) -> tuple[Form, ...]:
+    """What there is to choose from, the one that is taken unmeasured first; what the user has set is kept to.
+
+    On a CPU trials go one after another, and convolutions are compiled by the machine's C++ compiler, or have gradients
+    for XLA's loops where there is none. An MLP's layers are so only where it is to be `measured` if that pays, as a
+    short run is over before they are compiled. Elsewhere trials are packed.
+
+    Args:
+      sweep: its `kernels`, `block` and `group` are kept to.
+      point: the program's static values.
+      backend: as `jax.default_backend()`.
+      leaves: trials that can be side by side on a device.
+      measured: whether the choice may be measured.
+
+    Raises:
+      InputError: for a form that the backend or the model lacks, or a block that its group does not divide.
+    """
+    model, cpu = models.MODELS[point.model], backend == "cpu"
+    if sweep.group > 1 and not model.convolutional:
+        raise InputError(
+            f"--config.group={sweep.group} is not allowed with model={point.model}: it has no convolutions whose "
+            "channels trials could share; 0 or 1 here."
+        )
+    wanted = sweep.kernels
+    if wanted == "auto" and max(sweep.block, sweep.group) > 1:
+        wanted = "packed"
+    if wanted not in ("auto", "packed"):
+        kernels.require(wanted, backend)
+        return (Form(wanted, max(sweep.block, 1), max(sweep.group, 1)),)
+    packed = [_packed(sweep, *sizes, leaves) for sizes in _sizes(point, model.convolutional, cpu, leaves)]
+    if wanted == "packed":
+        return tuple(dict.fromkeys(packed))
+    if not cpu:
+        return tuple(dict.fromkeys([*packed, Form("mapped")]))
+    if model.convolutional:
+        return tuple(Form(name) for name in ("native", "products") if kernels.available(name, backend))
+    fits = [form for form in packed if form.block <= leaves]
+    return (Form("mapped"), *fits, *[Form("native")] * (measured and kernels.available("native", backend)))
+
+
+def _sizes(point: Config, convolutional: bool, cpu: bool, leaves: int) -> list[tuple[int, int]]:
+    """Groups of trials in a block, and trials in a group, the rule's first."""
+    if not convolutional:
+        return [(CPU_BLOCK, 1)] if cpu else [(block, 1) for block in (MLP_BLOCK, 32, 1024)]
+    found = []
+    for channels in CHANNELS:
+        group = max(1, min(channels // point.width if point.width < channels / 2 else 1, leaves))
+        found += [(k, group) for k in (GROUPS, 1, 2 * GROUPS)]
+    return sorted(dict.fromkeys(found), key=lambda size: (size[1] != found[0][1], size[0] != GROUPS))
+
+
+def _packed(sweep: Sweep, groups: int, group: int, leaves: int) -> Form:
+    """Blocks of about so many groups, evened out so that the last block is as full as the others."""
+    group = sweep.group or (math.gcd(sweep.block, group) if sweep.block else group)
+    if sweep.block:
+        return Form("packed", sweep.block, group)
+    blocks = math.ceil(leaves / (groups * group))
+    return Form("packed", math.ceil(leaves / (blocks * group)) * group, group)
+
+
+def formulation(form: Form, sweep: Sweep, cost: Costs, *, leaves: int, memory: int, devices: int) -> Formulation:
+    """That form for a program of `leaves` parallel trials on `devices` with `memory` bytes each."""
+    block, group = form.block, form.group
+    while block > group and not sweep.block and cost.device_bytes(block, block, group) > memory:
+        block -= group
+    # Mapped trials gain nothing from company but fewer looks of the host; short chunks want more of them.
+    usual = 16 if cost.convolutional is False else 4
+    each = sweep.trials_per_device or (-(-leaves // devices) if form.kernels == "packed" else usual)
+    blocks = -(-min(each, -(-leaves // devices)) // block)
+    while blocks > 1 and cost.device_bytes(blocks * block, block, group) > memory:
+        blocks -= 1
+    return Formulation(form.kernels, block, group, blocks * block * min(devices, leaves))
