@@ -21,11 +21,11 @@ EPSILON = 1e-5  # of all norms: PyTorch's
 class Activations:
     """What flows from layer to layer: the values of all trials of a block, and the kernels that compute on them.
 
-    `taint` [T] is 0, or NaN for a trial that has had non-finite values taken out, and None where none need be;
-    `clean` says that no value of one trial can spoil another's.
+    `taint` holds arrays [T, C] that are not finite where a trial has had non-finite values taken out (None: none need
+    be); `clean` says that no value of one trial can spoil another's.
     """
 
-    def __init__(self, values: Array, kernels: Mapped, taint: Array | None = None, clean: bool = True):
+    def __init__(self, values: Array, kernels: Mapped, taint: tuple[Array, ...] | None = None, clean: bool = True):
         self.values, self.kernels, self.taint, self.clean = values, kernels, taint, clean
 
     @property
@@ -63,7 +63,7 @@ class Mapped:
         return values.reshape(self.trials, -1)
 
     def enter(self, images: Array) -> Activations:
-        """uint8 images [T, B, H, W, C], or [B, H, W, C] for all trials alike, normalised (A&A): mean .5, deviation .5."""
+        """Normalised (A&A: mean .5, deviation .5) uint8 images [T, B, H, W, C], or [B, H, W, C] for all trials alike."""
         if images.ndim == 4:
             images = jnp.broadcast_to(images, (self.trials, *images.shape))
         return Activations(self.normalised_images(images), self)
@@ -136,7 +136,9 @@ class Mapped:
 
     def add(self, x: Activations, y: Activations) -> Activations:
         """x + y."""
-        taint = x.taint if y.taint is None else y.taint if x.taint is None else x.taint + y.taint
+        taint = x.taint
+        if x.taint is not None and y.taint is not None:
+            taint = (*x.taint, *(one for one in y.taint if all(one is not other for other in x.taint)))
         return x.with_values(x.values + y.values, taint=taint, clean=x.clean and y.clean)
 
     def shared(self, x: Activations) -> Activations:

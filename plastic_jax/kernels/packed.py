@@ -3,8 +3,8 @@
 A narrow network's step is bound by the number of kernels that it launches, not by their work, so that the trials of a
 block share launches. Within a group of G trials a convolution is block-diagonal, and 0 * NaN is NaN: so no non-finite
 value may enter one, forwards or backwards. They are taken out, and the trial that had them is marked by its own
-statistics, loss and gradients (contract 6): `taint` is NaN once a norm's statistics, scale or bias were not finite, and
-is added to its features, where the network leaves the channels.
+statistics, loss and gradients (contract 6): the sums of each norm's statistics, scale and bias are its `taint`, which
+spoils its features again if anything in it is not finite, where the network leaves the channels.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ class Packed(Mapped):
         else:
             values = jnp.moveaxis(images.reshape(groups, group, *images.shape[1:]), 1, 4)
         values = values.reshape(*values.shape[:4], -1)
-        taint = jnp.zeros(self.trials, self.real) if group > 1 else None
-        return Activations(self.normalised_images(values), self, taint)
+        return Activations(self.normalised_images(values), self, () if group > 1 else None)
 
     def convolution(self, x: Activations, kernel_TOhwI: Array, bias_TO: Array | None, stride: int) -> Activations:
         """As `Mapped`; without a norm after it, its own output tells whether it is finite."""
@@ -83,24 +82,28 @@ class Packed(Mapped):
 
     def relu(self, x: Activations) -> Activations:
         """As `Mapped`; what is not finite becomes 0 where it could reach another trial."""
-        if x.taint is None or x.clean:
-            return super().relu(x)
-        return x.with_values(_finite_relu(x.values), clean=True)
+        finite = x.taint is not None and not x.clean
+        if x.values.shape[0] == 1:
+            return x.with_values(_relu(x.values, finite), clean=True)
+        return x.with_values(_rectified(x.values, finite), clean=True)
 
     def by_trial(self, x: Activations, values: Array) -> Activations:
         """As `Mapped`; here the trials part, and a trial's taint spoils its own values again."""
         x = super().by_trial(x, values)
         if x.taint is None:
             return x
-        taint = x.taint.astype(x.values.dtype).reshape(-1, *(1,) * (x.values.ndim - 1))
+        if not x.taint:
+            return x.with_values(x.values, taint=None)
+        taint = 0 * lax.stop_gradient(jnp.concatenate(x.taint, axis=1)).sum(1)
+        taint = taint.astype(x.values.dtype).reshape(-1, *(1,) * (x.values.ndim - 1))
         return x.with_values(x.values + taint, taint=None, clean=True)
 
     def _tainted(self, x: Activations, *values: Array) -> Activations:
-        """NaN for the trials that have anything non-finite in the `values` [T, C] or [K, G C]."""
+        """Remembers the `values` [T, C] or [K, G C], to find the trials that have anything non-finite in them."""
         if x.taint is None:
             return x
         total = sum((self.per_trial(v) for v in values[1:]), start=self.per_trial(values[0]))
-        return x.with_values(x.values, taint=x.taint + 0 * lax.stop_gradient(total).sum(-1), clean=False)
+        return x.with_values(x.values, taint=(*x.taint, total), clean=False)
 
 
 def _block_diagonal(kernel_TOhwI: Array, group: int) -> Array:
@@ -134,9 +137,30 @@ def _finite_gradient(values: Array) -> Array:
 _finite_gradient.defvjp(lambda values: (values, None), lambda _, gradient: (_only_finite(gradient),))
 
 
-def _finite_relu(values: Array) -> Array:
-    zero = jnp.zeros((), values.dtype)
-    return jnp.where((values > 0) & (values < jnp.inf), values, zero)
+def _rectified(values: Array, finite: bool) -> Array:
+    """max(x, 0); `finite`: 0 for NaN and infinity too."""
+    if not finite:
+        return jax.nn.relu(values)
+    return jnp.where((values > 0) & (values < jnp.inf), values, jnp.zeros((), values.dtype))
+
+
+_relu = jax.custom_vjp(_rectified, nondiff_argnums=(1,))
+"""That; its gradient asks for nothing but its output, which one group keeps for the next layer anyway.
+
+Of several groups only the parts are kept, each for its own convolution, and a mask is smaller than a second copy.
+"""
+
+
+def _relu_forward(values: Array, finite: bool) -> tuple[Array, Array]:
+    out = _rectified(values, finite)
+    return out, out
+
+
+def _relu_backward(_: bool, out: Array, gradient: Array) -> tuple[Array]:
+    return (jnp.where(out > 0, gradient, jnp.zeros((), gradient.dtype)),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -148,7 +172,8 @@ def _batch_norm(values: Array, scale: Array, bias: Array, shift: Array, dtype: A
 def _batch_norm_forward(values: Array, scale: Array, bias: Array, shift: Array, dtype: Any, real: Any) -> Any:
     axes = tuple(range(1, values.ndim - 1))
     away = values.astype(real) - shift
-    first, second = away.mean(axes, keepdims=True), jnp.square(away).mean(axes, keepdims=True)
+    n = values.size // scale.size
+    first, second = (total / n for total in _sums(away, jnp.square(away), axes))
     mean, var = shift + first, jnp.maximum(second - jnp.square(first), 0)
     inverse = lax.rsqrt(var + EPSILON)
     out = (values.astype(real) - mean) * (scale * inverse) + bias
@@ -160,11 +185,17 @@ def _batch_norm_backward(dtype: Any, real: Any, saved: Any, gradients: Any) -> A
     gradient = gradients[0].astype(real)  # the running statistics are not differentiated
     axes = tuple(range(1, values.ndim - 1))
     standard = (values.astype(real) - mean) * inverse
-    of_bias = gradient.sum(axes, keepdims=True)
-    of_scale = (gradient * standard).sum(axes, keepdims=True)
-    n = values.size // (values.shape[0] * values.shape[-1])
+    of_bias, of_scale = _sums(gradient, gradient * standard, axes)
+    n = values.size // scale.size
     of_values = (gradient - of_bias / n - standard * (of_scale / n)) * (scale * inverse)
     return of_values.astype(values.dtype), of_scale, of_bias, jnp.zeros_like(mean)
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def _sums(a: Array, b: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """Both sums over `axes` in one reduction, which XLA then splits into two launches instead of three."""
+    zero = jnp.zeros((), a.dtype)
+    sums = lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    return tuple(jnp.expand_dims(total, axes) for total in sums)

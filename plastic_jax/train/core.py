@@ -74,7 +74,7 @@ class Core:
         return state.replace(done=state.done & ~how.resume)
 
     def chunk(self, state: State, stage: Stage, sample: Sample, target: Array, data: Data) -> tuple[State, Metrics]:
-        """Train to the end of epoch `target` or of the stage, then evaluate; a trial with nothing to do stands still."""
+        """Train to the end of epoch `target` or of the stage and evaluate; a trial with nothing to do stands still."""
         zeros = Sums(jnp.zeros((), self.dtype), jnp.int32(0), jnp.int32(0))
 
         def going(state: State) -> Array:
@@ -143,14 +143,16 @@ class Core:
     def step(
         self, state: State, sums: Sums, stage: Stage, sample: Sample, local: Array, data: Data
     ) -> tuple[State, Sums]:
-        """One update on the examples `local` [B]; a non-finite loss freezes the trial instead (contract 6).
+        """One update on the examples `local` [B]; what is not finite freezes the trial instead (contract 6).
 
-        The step that failed is counted, so that its row stands after the last good one.
+        That is its loss, its statistics, or a vector among its gradients and parameters: what goes wrong within the
+        network shows in one of these, in the same step and without a pass over all parameters. The step that failed is
+        counted, so that its row stands after the last good one.
         """
         images, labels = data.train_images[sample.ids[local]], sample.labels[local]
         found = self.network.gradients(state.params, state.batch_stats, images, labels)
         factor = optimisers.schedule_factor(stage.schedule, state.step, stage.steps)
-        finite = jnp.isfinite(found.loss)
+        finite = jnp.isfinite(found.loss) & _vectors_finite((found.batch_stats, found.gradients, state.params))
         params, optimiser = self.optimiser.update(
             found.gradients, state.optimiser, state.params, stage.learning_rate * factor, stage.weight_decay, finite
         )
@@ -223,6 +225,12 @@ def _redraw(modules: Array, new: Tree, old: Tree) -> Tree:
         return jnp.where(modules[numbers[0] - 1] if numbers else modules.all(), a, b)
 
     return jax.tree.map_with_path(choose, new, old)
+
+
+def _vectors_finite(tree: Tree) -> Array:
+    """Whether all leaves of one axis are: statistics, scales, biases and their gradients."""
+    vectors = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim == 1]
+    return jnp.isfinite(jnp.concatenate(vectors)).all() if vectors else jnp.bool_(True)
 
 
 def _finite(tree: Tree) -> Array:
