@@ -115,6 +115,11 @@ SWEPT_KINDS = ("static", "dynamic")
 STATIC = tuple(name for name, f in FIELDS.items() if f.metadata["kind"] == "static")
 # Fields that may differ between a run and its resumption: they change no result.
 UNESSENTIAL = ("checkpoint_minutes",)
+# Fields of earlier versions, and what took their place.
+REPLACED = {
+    "trial_axis": "kernels (packed or mapped), block and group",
+    "convolution": "kernels (products or native; plain ones are packed or mapped)",
+}
 
 
 def allowed(name: str) -> str:
@@ -204,6 +209,8 @@ def check_name(name: str) -> None:
     """Refuse an unknown field, and name the one that was perhaps meant."""
     if name in FIELDS:
         return
+    if name in REPLACED:
+        raise InputError(f"--config.{name} is no field any more: set {REPLACED[name]} instead.")
     near = difflib.get_close_matches(name, FIELDS, n=1)
     hint = f"did you mean {near[0]}?" if near else "the fields are " + ", ".join(FIELDS) + "."
     raise InputError(f"--config.{name} is no field of the config: {hint}")

@@ -12,26 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from plastic_jax import results, workdir
+from plastic_jax import models, results, workdir
 from plastic_jax.config import Config
 from plastic_jax.errors import InputError
-from plastic_jax.train import core
+from plastic_jax.kernels import Form
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A trial's model at a stage's end: `model` is the Flax module, the rest its trees of arrays."""
+    """A trial's model at a stage's end: `model` is its network, the rest its trees of arrays."""
 
-    model: Any
+    model: models.Network
     params: Any
     batch_stats: Any
     point: Config
 
     def logits(self, images: np.ndarray) -> jax.Array:
         """Logits [n, classes] of uint8 images [n, H, W, C], with running statistics."""
-        dtype = jnp.float64 if self.point.compute_dtype == "float64" else jnp.float32
-        variables = {"params": self.params, "batch_stats": self.batch_stats}
-        return self.model.apply(variables, core.normalise(jnp.asarray(images), dtype), train=False)
+        return self.model.logits(self.params, self.batch_stats, jnp.asarray(images))
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,8 @@ class Run:
         """Which models there are: (trial, stage) -> (folder, position in it)."""
         found = {}
         for index in sorted((self.path / "checkpoints" / "kept").glob("*/index.json")):
-            for k, names in enumerate(json.loads(index.read_text())):
+            held = json.loads(index.read_text())
+            for k, names in enumerate(held["models"] if isinstance(held, dict) else held):
                 for trial, stage in names:
                     found[int(trial), str(stage)] = (str(index.parent), k)
         return found
@@ -83,12 +82,13 @@ class Run:
         own = next(t["config"] for t in self.config["trials"] if t["trial"] == trial)
         point = Config(**{name: value for name, value in own.items() if value is not None})
         spec = self.config["datasets"][point.dataset]
-        built = core.Core(point, tuple(spec["shape"]), spec["classes"], "plain")
-        shapes = jax.eval_shape(built.init, jnp.uint32(0))
-        wanted = {name: shapes[name] for name in ("params", "batch_stats")}
-        leaves = [jnp.asarray(stacks[name][k]) for name in sorted(stacks)]
-        tree = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-        return Kept(built.module, tree["params"], tree["batch_stats"], point)
+        network = models.network(point, tuple(spec["shape"]), spec["classes"], Form("mapped"))
+        leaves = [np.asarray(stacks[name][k]) for name in sorted(stacks)]
+        if isinstance(json.loads((Path(folder) / "index.json").read_text()), list):
+            # Of a version that kept the kernels of convolutions as [h, w, I, O].
+            leaves = [leaf.transpose(3, 0, 1, 2) if leaf.ndim == 4 else leaf for leaf in leaves]
+        tree = jax.tree.unflatten(jax.tree.structure(network.shapes()), [jnp.asarray(leaf) for leaf in leaves])
+        return Kept(network, tree["params"], tree["batch_stats"], point)
 
 
 def load(path: str | os.PathLike[str]) -> Run:

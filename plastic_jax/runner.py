@@ -149,13 +149,19 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
         return load(path)
 
 
-def _recorded(path: Path, count: int) -> list[Formulation]:
-    """The formulations that a run began with, which it keeps (contract 1)."""
+def _recorded(path: Path, count: int) -> list[Formulation | None]:
+    """The formulations that a run began with, which it keeps (contract 1); None: one of an earlier version."""
     try:
-        found = [Formulation(**p["formulation"]) for p in workdir.read_json(path / "plan.json")["programs"]]
+        written = [p["formulation"] for p in workdir.read_json(path / "plan.json")["programs"]]
+        found = [None if "trial_axis" in form else Formulation(**form) for form in written]
     except (KeyError, TypeError):
         found = []
     if len(found) != count:
+        if None in found:  # schedules were programs of their own
+            raise InputError(
+                f"--workdir={path} holds a run of an earlier version, whose plan had other programs: read it with "
+                "plastic_jax.load, or name another folder."
+            )
         raise InputError(f"{path / 'plan.json'} is damaged: pass --overwrite to start anew.")
     return found
 
@@ -220,7 +226,7 @@ class Training:
         of: experiment.Experiment,
         study: trial.Study,
         programs: tuple[plan.ProgramPlan, ...],
-        formulations: list[Formulation],
+        formulations: list[Formulation | None],
         sets: dict[str, data.Dataset],
         path: Path,
         options: Options,
@@ -288,6 +294,12 @@ class Training:
             total=total, initial=passed, unit=" steps", unit_scale=True, desc="training", smoothing=0.05,
             disable=not self.options.progress, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )  # fmt: skip
+        begun = str(self.config.get("commit"))
+        if None in self.formulations[len(self.done) :]:
+            raise InputError(
+                f"--workdir={self.path} holds an unfinished run of an earlier version (commit {begun}), whose states "
+                "are laid out otherwise: finish it with that version, or name another folder."
+            )
         if found:
             self._write_table()
             self.say(f"Going on from the checkpoint in {checkpoints.directory}.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plastic_jax.config import UNESSENTIAL
+from plastic_jax.config import FIELDS, REPLACED, UNESSENTIAL
 from plastic_jax.errors import InputError
 from plastic_jax.results import replace_file
 
@@ -96,6 +96,9 @@ def same_config(path: Path, config: dict[str, Any], experiment: str) -> bool:
     held = read_json(file)
     try:
         old, name = held["config"], held["experiment"]
+        if set(old) & set(REPLACED):  # an earlier version's: what is new since then had no effect there
+            old = {n: v for n, v in old.items() if n not in REPLACED}
+            old = {n: f.default for n, f in FIELDS.items() if n not in old} | old
         differing = [n for n in sorted({*old, *config}) if old.get(n) != config.get(n) and n not in UNESSENTIAL]
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{file} is damaged: pass --overwrite to start anew.") from None

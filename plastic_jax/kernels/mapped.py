@@ -63,13 +63,13 @@ class Mapped:
         return values.reshape(self.trials, -1)
 
     def enter(self, images: Array) -> Activations:
-        """Normalised (A&A: mean .5, deviation .5) uint8 images [T, B, H, W, C], or [B, H, W, C] for all trials alike."""
+        """Images [T, B, H, W, C], or [B, H, W, C] for all trials alike; bytes are normalised: mean .5, deviation .5."""
         if images.ndim == 4:
             images = jnp.broadcast_to(images, (self.trials, *images.shape))
         return Activations(self.normalised_images(images), self)
 
     def normalised_images(self, images: Array) -> Array:
-        """(x / 255 - 0.5) / 0.5 in full precision, then in the type to compute in."""
+        """(x / 255 - 0.5) / 0.5 (A&A) in full precision, then in the type to compute in."""
         if not jnp.issubdtype(images.dtype, jnp.floating):
             images = (images.astype(self.real) / 255 - 0.5) / 0.5
         return images.astype(self.dtype)

@@ -92,9 +92,9 @@ class _Convolved(_Waiting):
     def unit(self) -> tuple[Array, Array]:
         """The convolution, and its statistics [2, C]."""
         x = self.inputs
-        fits = isinstance(x, _Normed) and x.rectified
-        images, norm = (x.out, x.norm_3C) if fits else (x.values[0], None)
-        return units.unit(images, self.kernel_HWIO, norm, self.stride)
+        if isinstance(x, _Normed) and x.rectified:
+            return units.unit(x.out, self.kernel_HWIO, x.norm_3C, self.stride)
+        return units.unit(x.values[0], self.kernel_HWIO, None, self.stride)
 
 
 class _Normed(_Waiting):
@@ -129,9 +129,9 @@ class _Sum(_Waiting):
     def rectified(self) -> Array:
         """ReLU of the sum."""
         first, second = self.first, self.second
-        normed = isinstance(second, _Normed) and not second.rectified
-        other = (second.out, second.norm_3C) if normed else (second.values[0], None)
-        return units.joined(first.out, first.norm_3C, *other)[None]
+        if isinstance(second, _Normed) and not second.rectified:
+            return units.joined(first.out, first.norm_3C, second.out, second.norm_3C)[None]
+        return units.joined(first.out, first.norm_3C, second.values[0], None)[None]
 
 
 def _convolve(x: Activations, kernel_HWIO: Array, stride: int) -> Array:

@@ -5,6 +5,7 @@ the devices and compiles; `models/network.py` has the one boundary behind which 
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -57,7 +58,8 @@ class Core:
         later = streams.stream(stage.seed, streams.INTERVENTION, stage.stream)
         drawn = self._drawn(jnp.where(how.fresh, first, later), state.order)
         state = _either(how.fresh, drawn, state)
-        begun = state.replace(
+        begun = replace(
+            state,
             optimiser=_either(stage.reset_optimizer, drawn.optimiser, state.optimiser),
             batch_stats=_either(stage.restart_batch_stats, drawn.batch_stats, state.batch_stats),
             step=jnp.int32(0),
@@ -65,13 +67,14 @@ class Core:
             done=jnp.bool_(False),
             order=_order(stage, sample, jnp.int32(0)),
         )
-        begun = begun.replace(
+        begun = replace(
+            begun,
             params=_redraw(stage.redrawn, drawn.params, begun.params),
             batch_stats=_redraw(stage.redrawn, drawn.batch_stats, begun.batch_stats),
             optimiser=_redraw(stage.redrawn, drawn.optimiser, begun.optimiser),
         )
         state = _either(how.begin, begun, state)
-        return state.replace(done=state.done & ~how.resume)
+        return replace(state, done=state.done & ~how.resume)
 
     def chunk(self, state: State, stage: Stage, sample: Sample, target: Array, data: Data) -> tuple[State, Metrics]:
         """Train to the end of epoch `target` or of the stage and evaluate; a trial with nothing to do stands still."""
@@ -93,13 +96,14 @@ class Core:
                     local = jnp.where(stage.gamma != NO_MIXTURE, self._mixture(stage, sample, moving.step), local)
                 return self.step(moving, sums, stage, sample, local, data)
 
-            moving = state.replace(order=None, epoch=None, done=None)  # nothing that a step leaves alone is carried
+            moving = replace(state, order=None, epoch=None, done=None)  # nothing that a step leaves alone is carried
             moving, sums = jax.lax.while_loop(
                 lambda inner: (inner[0].step < end) & ~inner[0].diverged, step, (moving, zeros)
             )
             whole = ~moving.diverged & _finite(moving.params)
             reached = sums.correct >= stage.accuracy * sums.count.astype(self.dtype)
-            moving = moving.replace(
+            moving = replace(
+                moving,
                 diverged=~whole,
                 order=following,
                 epoch=jnp.where(whole, now + 1, now),
@@ -156,7 +160,8 @@ class Core:
         params, optimiser = self.optimiser.update(
             found.gradients, state.optimiser, state.params, stage.learning_rate * factor, stage.weight_decay, finite
         )
-        state = state.replace(
+        state = replace(
+            state,
             params=params,
             batch_stats=_either(finite, found.batch_stats, state.batch_stats),
             optimiser=optimiser,

@@ -474,7 +474,7 @@ class ProgramRun:
         if not names:
             return
         one = jax.tree.unflatten(self.structure, list(range(len(self.leaves))))
-        places = jax.tree.leaves({name: getattr(one, name) for name in ("params", "batch_stats")})
+        places = jax.tree.leaves({"params": one.params, "batch_stats": one.batch_stats})
         ocp.save(
             folder / "models", _numbered([np.stack([self.store[n][p] for n in names]) for p in places]), overwrite=True
         )
@@ -483,7 +483,7 @@ class ProgramRun:
             [(t, self.nodes[n].stage.name) for t in (self.nodes[n].trials if self.ended[n] else self.nodes[n].ends)]
             for n in names
         ]
-        replace_file(folder / "index.json", json.dumps(index).encode())
+        replace_file(folder / "index.json", json.dumps({"kernels": "OhwI", "models": index}).encode())
 
     def released(self) -> list[int]:
         """Nodes that got a new record since the last call, oldest first."""

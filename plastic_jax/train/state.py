@@ -3,15 +3,15 @@
 Shapes are those of one trial; in a batch each leaf has a leading trial axis. N: train examples; V: examples held back.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from flax import struct
-from jax import Array
 
 from plastic_jax.data import Dataset
 
-Tree = Any  # a network's own tree of arrays
+Tree: TypeAlias = Any  # a network's own tree of arrays
+Array: TypeAlias = Any  # of the host or of a device
 
 
 @struct.dataclass
@@ -97,10 +97,10 @@ class Sums:
 class Data:
     """The resident data: uint8 images [n, H, W, C] and int32 labels [n] of both splits."""
 
-    train_images: Array | np.ndarray
-    train_labels: Array | np.ndarray
-    test_images: Array | np.ndarray
-    test_labels: Array | np.ndarray
+    train_images: Array
+    train_labels: Array
+    test_images: Array
+    test_labels: Array
 
 
 def resident(dataset: Dataset) -> Data:
