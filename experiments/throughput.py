@@ -2,13 +2,15 @@
 
     python -m experiments.throughput                                                # all networks, about half an hour
     python -m experiments.throughput --config.model=resnet --config.width=8 --config.trials='(1, 4, 16)'
+    python -m experiments.throughput --compile_for=h100                             # a GPU's launches, without a GPU
     python -m experiments.throughput --torch_python=OTHER_ENVIRONMENT/bin/python    # PyTorch from elsewhere
 
 Images a second over all trials, for our core in each formulation, for the obvious JAX program, for one trial at a time
 in JAX, and for PyTorch's ways (extra `torch`; its rows are left out where it is missing), all of a table's rows in one
 dtype; on a GPU there is a table for float32 and one for bfloat16. --config.minutes bounds the whole, but for a program
 that is being compiled. Written to --workdir (default runs/throughput): throughput.json, throughput.md, throughput.png.
-Expected: on a CPU the obvious program is far behind.
+Expected: on a CPU the obvious program is far behind. With --compile_for (h100 with the extra `cuda`, tpu-v5e with
+`tpu`) nothing runs: a step of each form is compiled for that device, and its launches, bytes and memory are printed.
 """
 
 import re
@@ -35,6 +37,7 @@ def main() -> None:
         if name not in FIELDS:
             refuse(f"--config.{name} is no field of this command: the fields are {', '.join(FIELDS)}.")
     flags.DEFINE_string("workdir", "runs/throughput", "where throughput.json, .md and .png are written")
+    flags.DEFINE_string("compile_for", "", "h100 or tpu-v5e: count what a step does there, and measure nothing")
     flags.DEFINE_string("torch_python", sys.executable, "the interpreter of an environment with PyTorch")
     config_flags.DEFINE_config_dict("config", ConfigDict(FIELDS), "its fields: " + ", ".join(FIELDS))
 
@@ -45,6 +48,9 @@ def main() -> None:
 
         backend.prepare()  # before anything asks JAX for its devices
         try:
+            if flags.FLAGS.compile_for:
+                benchmark_run.absent(flags.FLAGS.config.to_dict(), flags.FLAGS.compile_for)
+                return
             flops = dry_run.flops(warm_start.PAPER, warm_start.EXPERIMENT.fresh)
             config = flags.FLAGS.config.to_dict()
             benchmark_run.run(config, flags.FLAGS.workdir, flags.FLAGS.torch_python, flops)

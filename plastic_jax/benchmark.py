@@ -5,6 +5,7 @@ processes of their own, one at a time, while JAX waits. A row's figure is the me
 smallest and largest. Rates of a large matrix product and of a copy, measured in the same rounds, are the yardsticks.
 """
 
+import concurrent.futures
 import dataclasses
 import statistics
 import time
@@ -14,17 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from plastic_jax import backend, models, torch_ways
+from plastic_jax import backend, compile_for, torch_ways
+from plastic_jax.benchmark_plain import plain_step
 from plastic_jax.config import MODELS, Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.dry_run import device_memory
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import Form
 from plastic_jax.torch_worker import Work
-from plastic_jax.train import calibration, core, costs, trial_axis
+from plastic_jax.train import calibration, costs, trial_axis
+from plastic_jax.train.choice import candidates
 from plastic_jax.train.program import programs
-from plastic_jax.train.trial_axis import Candidate, Formulation
+from plastic_jax.train.state import resident
+from plastic_jax.train.trial_axis import Formulation
 
 SPECS = {
     "mlp": DatasetSpec("synthetic", 60_000, 10_000, (28, 28, 1), 10),  # as Fashion-MNIST
@@ -32,6 +36,7 @@ SPECS = {
 }
 BATCHES = 16  # of the train set that is trained on
 ROUNDS, SECONDS = 5, 0.5  # samples of a row, and how long each should take
+COMPILING = 8  # rows that compile at a time, on an accelerator
 SLOW = 5.0  # seconds a step from which on a row's one sample is one step after its warm-up
 OBVIOUS, ONE = "jax, the obvious program", "jax, one trial at a time"
 
@@ -64,10 +69,14 @@ class Row:
     live: Live | None = None
 
     def begin(self, seconds: float) -> None:
-        """Compile, and find how many steps a sample takes."""
+        """Compile, and take the first step."""
         before = time.perf_counter()
         self.live = self.start(seconds)
         self.compile_seconds = self.live.ready or time.perf_counter() - before
+
+    def measure(self) -> None:
+        """Find how many steps a sample takes."""
+        assert self.live
         took, steps = self.live.train(1)
         self.n = max(1, int(SECONDS / max(took, 1e-6)))
         if self.n > 1:
@@ -92,7 +101,7 @@ class Row:
         self.live = None
 
 
-def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: Sequence[Any]) -> Row:
+def core_row(name: str, point: Config, choice: Form, trials: int, devices: Sequence[Any]) -> Row:
     """Our core with that formulation; as many whole blocks a device as `trials` fill, at least one."""
     slots = max(1, trials // (choice.block * len(devices))) * choice.block * min(len(devices), max(1, trials))
 
@@ -100,7 +109,7 @@ def core_row(name: str, point: Config, choice: Candidate, trials: int, devices: 
         programs.cache_clear()  # or it would not be compiled anew
         batches = 1 if _slow(point, choice, devices) else short(point, slots, devices, 2.0)
         dataset = calibration.synthetic(SPECS[point.model], point.batch_size * batches)
-        form = Formulation(choice.trial_axis, choice.convolution, slots, choice.block)
+        form = Formulation(choice.kernels, choice.block, choice.group, slots)
         run = calibration.trainer(point, dataset, form, devices)
         calibration.train(run, 1)
         return Live(lambda epochs: calibration.train(run, epochs), run.chunk_bytes() * form.devices(len(devices)))
@@ -116,17 +125,17 @@ def short(point: Config, slots: int, devices: Sequence[Any], seconds: float) -> 
     return int(np.clip(1e11 * seconds / flops, 1, 64))
 
 
-def _slow(point: Config, choice: Candidate, devices: Sequence[Any]) -> bool:
+def _slow(point: Config, choice: Form, devices: Sequence[Any]) -> bool:
     """Whether it has convolutions in XLA's slow layout inside a CPU's loop."""
     cpu = devices[0].platform == "cpu" and point.model == "resnet"
-    return cpu and (choice.convolution == "plain" or choice.trial_axis == "vmap")
+    return cpu and choice.kernels in ("packed", "mapped")
 
 
 def obvious_row(point: Config, trials: int) -> Row:
     """A scan over steps of vmap over trials, of the network as Flax writes it and Optax's optimiser."""
 
     def start(_: float) -> Live:
-        step, state, data = _plain_step(point)
+        step, state, data = _plain(point)
         states = jax.vmap(state)(jnp.arange(trials))
 
         def many(states: Any, keys: jax.Array, data: Any) -> Any:
@@ -152,7 +161,7 @@ def one_row(point: Config) -> Row:
     """A Python loop over a jitted step of one trial."""
 
     def start(_: float) -> Live:
-        step, state, data = _plain_step(point)
+        step, state, data = _plain(point)
         one = state(0)
         compiled = jax.jit(step, donate_argnums=0)
 
@@ -171,36 +180,11 @@ def one_row(point: Config) -> Row:
     return Row(ONE, 1, start)
 
 
-def _plain_step(point: Config) -> tuple[Any, Any, Any]:
-    """What a user would write: Flax's layers, Optax's optimiser, a random batch of resident images."""
-    data = core.resident(calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES))
-    data = {name: jnp.asarray(data[name]) for name in ("train_images", "train_labels")}
-    sizes = dict(width=point.width, depth=point.depth, norm=point.norm, initialisation=point.initialisation)
-    net = models.build(point.model, **sizes, compute_dtype=point.compute_dtype, classes=SPECS[point.model].classes)  # pyright: ignore
-    rate = point.learning_rate
-    optimiser = {
-        "adam": optax.adam(rate), "rmsprop": optax.rmsprop(rate), "sgd": optax.sgd(rate),
-        "momentum": optax.sgd(rate, 0.9),
-    }[point.optimizer]  # fmt: skip
-
-    def state(seed: Any) -> Any:
-        variables = models.init(net, jax.random.key(seed), SPECS[point.model].shape)
-        return variables, optimiser.init(variables["params"])
-
-    def step(state: Any, key: jax.Array, data: Any) -> Any:
-        variables, moments = state
-        chosen = jax.random.randint(key, (point.batch_size,), 0, len(data["train_labels"]))
-        images = core.normalise(data["train_images"][chosen], jnp.float32)
-
-        def loss(params: Any) -> Any:
-            logits, stats = models.apply(net, {**variables, "params": params}, images, train=True)
-            labels = data["train_labels"][chosen]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
-
-        gradients, stats = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, moments = optimiser.update(gradients, moments)
-        return {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}, moments
-
+def _plain(point: Config) -> tuple[Any, Any, Any]:
+    """(step, state, data) of the plain program, on resident synthetic data."""
+    spec = SPECS[point.model]
+    data = jax.tree.map(jnp.asarray, resident(calibration.synthetic(spec, point.batch_size * BATCHES)))
+    state, step = plain_step(point, data, spec.classes)
     return step, state, data
 
 
@@ -265,27 +249,14 @@ def yardsticks(devices: Sequence[Any], dtype: str) -> dict[str, Callable[[], flo
 
 def flops_check(point: Config) -> float | None:
     """FLOPs of one compiled training step as XLA counts them, over the closed form's; None where it counts none."""
-    dataset = calibration.synthetic(SPECS[point.model], point.batch_size * BATCHES)
-    one = core.Core(point, SPECS[point.model].shape, SPECS[point.model].classes, "plain")
-    n = len(dataset.train_labels)
-    stage = {"learning_rate": 1e-3, "weight_decay": 0.0, "steps": 10}
-    sample = {"ids": np.arange(n), "labels": dataset.train_labels}
-
-    def step(state: Any, local: jax.Array, trial: Any, data: Any) -> Any:
-        sums = {"loss": jnp.zeros(()), "correct": jnp.int32(0), "count": jnp.int32(0)}
-        return one._step(state, sums, trial, local, data)
-
-    state = {k: v for k, v in jax.eval_shape(lambda: one.init(jnp.uint32(0))).items() if k not in ("epoch", "done")}
-    local = jax.ShapeDtypeStruct((point.batch_size,), jnp.int32)
-    trial = jax.tree.map(jnp.asarray, {"stage": stage, "sample": sample})
-    lowered = jax.jit(step).lower(state, local, trial, core.resident(dataset))
+    lowered = compile_for.lowered_step(point, SPECS[point.model], Form("mapped"))
     found: Any = lowered.compile().cost_analysis()
     if not found or "flops" not in found:
         return None
     return found["flops"] / costs.costs(point, SPECS[point.model]).step_flops
 
 
-def evaluation_share(point: Config, choice: Candidate, devices: Sequence[Any]) -> float:
+def evaluation_share(point: Config, choice: Form, devices: Sequence[Any]) -> float:
     """Seconds of an evaluation over those that its forward FLOPs would take at the training step's rate."""
     spec, tests = SPECS[point.model], 2048
     slots = choice.block * len(devices)
@@ -345,8 +316,8 @@ def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
 
 def rows_of(
     point: Config,
-    chosen: Candidate,
-    found: Sequence[Candidate],
+    chosen: Form,
+    found: Sequence[Form],
     trials: Sequence[int],
     python: str | None,
     devices: Sequence[Any],
@@ -359,14 +330,14 @@ def rows_of(
     rows += [torch_row(name, str(python), *way) for name, way in ways.items()]
     # Compiling PyTorch's takes long: what every ratio needs comes first.
     rows = [r for r in rows if "compiled" not in r.name] + [one_row(point)] + [r for r in rows if "compiled" in r.name]
-    axes = [("map", 1), ("vmap", 8), ("unroll", 4)]
-    convolutions = ("mended", "products", "plain") if point.model == "resnet" else ("plain",)
-    others = [Candidate(axis, convolution, block) for axis, block in axes for convolution in convolutions]
+    others = [Form("packed", several, g) for g in _groups(point, several)] + [Form("mapped")]
+    if cpu and point.model == "resnet":
+        others.append(Form("products"))
     # On a CPU its convolutions take minutes a step.
     rows.append(obvious_row(point, 4 if cpu and point.model == "resnet" else several))
     rows += [core_row(f"ours, as chosen, up to {t} trials", point, chosen, t, devices) for t in trials if t != several]
     rows.append(core_row(f"ours, {chosen}, one device", point, chosen, max(several // 2, 1), devices[:1]))
-    single = Candidate("map", chosen.convolution, 1)
+    single = Form("mapped") if chosen.kernels == "packed" else chosen
     if len(devices) > 1:
         rows.append(core_row(f"ours, {single}, one trial a device", point, single, len(devices), devices))
     for other in dict.fromkeys([*found, *others]):
@@ -374,6 +345,13 @@ def rows_of(
             few = other.block * len(devices) if _slow(point, other, devices) else several
             rows.append(core_row(f"ours, {other}", point, other, few, devices))
     return rows
+
+
+def _groups(point: Config, trials: int) -> list[int]:
+    """Trials side by side in the channels: so many as divide the trials, up to 256 channels in the first module."""
+    if point.model == "mlp":
+        return [1]
+    return [g for g in (1, 2, 4, 8, 16, 32) if trials % g == 0 and (g == 1 or g * point.width <= 256)]
 
 
 def compare(
@@ -387,7 +365,8 @@ def compare(
     checked = flops_check(point)
     rows: list[Row] = []
     left_out = [] if python else ["PyTorch's rows (there is no PyTorch)"]
-    found = trial_axis.candidates(Sweep.of({"model": point.model}), point.model, jax.default_backend(), measured=True)
+    several = -(-max(trials) // len(devices))
+    found = candidates(Sweep.of({"model": point.model}), point, jax.default_backend(), several, measured=True)
     measured = calibration.measure_all(point, SPECS[point.model], found) if len(found) > 1 else {}
     chosen = calibration.best(found, measured)
 
@@ -401,13 +380,20 @@ def compare(
         return True
 
     try:
-        for row in rows_of(point, chosen, found, trials, python, devices):
+        wanted = rows_of(point, chosen, found, trials, python, devices)
+
+        def begin(row: Row) -> None:
             left = end - 18 * minutes - time.monotonic()  # the rest of the time is for the samples
-            if left < 0 and rows:
+            if left < 0 and row is not wanted[0]:
                 left_out.append(f"{row.name} (no time)")
-            elif ran(row, lambda row=row, left=left: row.begin(max(left, 1.0))):
+            elif ran(row, lambda: row.begin(max(left, 1.0))):
                 say(f"{title(point)}: {row.name}: ready after {row.compile_seconds:.1f} s")
-                rows.append(row)
+
+        # Beside an accelerator there are cores to compile on, side by side; a CPU's are those that are measured.
+        together = 1 if devices[0].platform == "cpu" else COMPILING
+        with concurrent.futures.ThreadPoolExecutor(together) as pool:
+            list(pool.map(begin, wanted))
+        rows = [row for row in wanted if row.live and ran(row, row.measure)]
         sticks = yardsticks(devices, point.compute_dtype)
         rates: dict[str, list[float]] = {name: [] for name in sticks}
         for number in range(ROUNDS):

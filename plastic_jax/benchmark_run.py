@@ -8,10 +8,31 @@ from typing import Any
 
 import jax
 
-from plastic_jax import benchmark, benchmark_report, torch_ways, workdir
+from plastic_jax import benchmark, benchmark_report, compile_for, torch_ways, workdir
+from plastic_jax.config import Sweep
 from plastic_jax.errors import InputError
 from plastic_jax.growth import growth
-from plastic_jax.train.trial_axis import Candidate
+from plastic_jax.kernels import Form
+from plastic_jax.train.choice import candidates
+
+
+def absent(config: dict[str, Any], platform: str) -> None:
+    """Print what a step of each network's forms takes on a device that is not there (`compile_for.py`).
+
+    Raises:
+      InputError: for a field's value that is not allowed, or a platform that cannot be compiled for.
+    """
+    most = max(config.pop("trials") or (1,))
+    config.pop("minutes")
+    compile_for.absent(platform)
+    if not config["compute_dtype"]:
+        config["compute_dtype"] = "bfloat16"
+    for point in benchmark.networks(config, gpu=True):
+        sweep = Sweep.of({"model": point.model, "kernels": "packed"})
+        forms = dict.fromkeys([*candidates(sweep, point, platform, most), Form("mapped")])
+        print(f"\n{benchmark.title(point)}, compiled for {platform}:\n")
+        spec = benchmark.SPECS[point.model]
+        print(compile_for.table([compile_for.figures(point, spec, form, platform) for form in forms]), flush=True)
 
 
 def run(config: dict[str, Any], path: str, python: str, flops: float) -> None:
@@ -62,7 +83,7 @@ def run(config: dict[str, Any], path: str, python: str, flops: float) -> None:
         )
         print(benchmark_report.markdown(found["results"][-1]), flush=True)
         save()
-    chosen = Candidate(**found["results"][0]["chosen"])
+    chosen = Form(**found["results"][0]["chosen"])
     found["growth"] = growth(points[0], chosen, jax.local_devices(), end - time.monotonic())
     save()
     print("Written: " + ", ".join(str(folder / f"throughput.{kind}") for kind in ("json", "md", "png")))

@@ -11,16 +11,17 @@ import numpy as np
 
 from plastic_jax.benchmark import SPECS, short, title
 from plastic_jax.config import Config
+from plastic_jax.kernels import Form
 from plastic_jax.train import calibration
 from plastic_jax.train.program import programs
-from plastic_jax.train.trial_axis import Candidate, Formulation
+from plastic_jax.train.trial_axis import Formulation
 
 BLOCKS, EPOCHS, DEPTHS = (1, 2, 8), (2, 8, 32), (1, 2, 4)
 BATCHES = (1, 4, 16)  # times what takes a third of a second on a CPU
 REPEATS = 3
 
 
-def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: float = math.inf) -> dict[str, Any]:
+def growth(point: Config, choice: Form, devices: Sequence[Any], seconds: float = math.inf) -> dict[str, Any]:
     """Curves of [x, y] pairs; `exponents` are the slopes of log y against log x: 1 is linear.
 
     seconds_of_trials, seconds_of_steps, seconds_of_examples: a chunk's time; milliseconds_of_devices: of a trial-step;
@@ -33,7 +34,7 @@ def growth(point: Config, choice: Candidate, devices: Sequence[Any], seconds: fl
 
     def run(slots: int, batches: int, over: Sequence[Any] = devices, of: Config = point) -> Any:
         dataset = calibration.synthetic(SPECS[of.model], of.batch_size * batches)
-        form = Formulation(choice.trial_axis, choice.convolution, slots, block)
+        form = Formulation(choice.kernels, block, choice.group, slots)
         return calibration.trainer(of, dataset, form, over)
 
     def median(live: Any, epochs: int) -> float:

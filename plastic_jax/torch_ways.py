@@ -29,15 +29,14 @@ def version(python: str) -> str | None:
 
 def ways(work: Work, cores: int) -> dict[str, tuple[Work, int]]:
     """Each way's name, work and number of processes: eager and compiled; on a CPU also one thread a core."""
+    if work.device == "cuda":
+        modes = ("reduce-overhead", "max-autotune")
+        compiled = {f"pytorch compiled, {m}": (dataclasses.replace(work, compiled=True, mode=m), 1) for m in modes}
+        return {"pytorch eager": (work, 1), **compiled}
     found = {}
-    for compiled in (False, True):
-        label = "compiled" if compiled else "eager"
-        made = dataclasses.replace(work, compiled=compiled)
-        if work.device == "cuda":
-            found[f"pytorch {label}"] = made, 1
-        else:
-            found[f"pytorch {label}, a process a core"] = made, cores
-            found[f"pytorch {label}, all cores"] = dataclasses.replace(made, threads=cores), 1
+    for label, made in (("eager", work), ("compiled", dataclasses.replace(work, compiled=True))):
+        found[f"pytorch {label}, a process a core"] = made, cores
+        found[f"pytorch {label}, all cores"] = dataclasses.replace(made, threads=cores), 1
     return found
 
 
@@ -46,7 +45,7 @@ def settings(work: Work) -> str:
     kind = "foreach" if work.optimizer == "rmsprop" else "fused"
     cast = ", bfloat16 by autocast" if work.dtype == "bfloat16" else ""
     tuned = ", cudnn.benchmark" if work.device == "cuda" else ""
-    return f"channels_last, {kind} {work.optimizer}{cast}{tuned}; compiled in the mode {work.mode}"
+    return f"channels_last, {kind} {work.optimizer}{cast}{tuned}"
 
 
 class Way:

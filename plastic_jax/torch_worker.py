@@ -35,15 +35,11 @@ class Work:
     dtype: str = "float32"
     tf32: bool = True
     examples: int = 2048
-
-    @property
-    def mode(self) -> str:
-        """torch.compile's."""
-        return "max-autotune" if self.device == "cuda" else "default"
+    mode: str = "default"  # torch.compile's
 
 
 def network(work: Work) -> Any:
-    """The core's network (plastic_jax/models.py) in PyTorch, with PyTorch's own initialisation."""
+    """The core's network (plastic_jax/models) in PyTorch, with PyTorch's own initialisation."""
     from torch import nn
 
     def norm(channels: int, images: bool) -> list[Any]:

@@ -86,8 +86,13 @@ class Costs:
           together: how many of them compute at a time: a form's `block`.
           group: how many of these are side by side in the channels.
         """
-        working = self.working_bytes + (group - 1) * self.expanded_bytes
-        return self.dataset_bytes + slots * self.resident_bytes + min(slots, together) * working
+        block = min(slots, together)
+        copied = self.working_bytes - self.activation_bytes  # of the state, and gradients
+        return self.dataset_bytes + slots * self.resident_bytes + block * copied + self.temporaries(block, group)
+
+    def temporaries(self, block: int, group: int) -> int:
+        """Estimate of what a block's step holds beside states and gradients."""
+        return block * (self.activation_bytes + (group - 1) * self.expanded_bytes)
 
 
 def costs(point: Config, spec: DatasetSpec) -> Costs:
