@@ -169,7 +169,7 @@ def figures(point: Config, spec: DatasetSpec, form: Form, platform: str) -> dict
         "kinds": dict(kinds.most_common()),
         "megabytes_per_trial_step": sum(launch.moved for launch in found) / form.block / 1e6,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "planned_temporary_bytes": planned.temporaries(form.block, form.group),
+        "planned_temporary_bytes": planned.step_temporaries(form.block, form.group),
         "estimated_seconds_per_trial_step": estimated if estimated > 0 else None,
         "compile_seconds": seconds,
     }

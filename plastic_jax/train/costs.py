@@ -36,6 +36,11 @@ _EVALUATE = {"none": 0, "batch": 0, "layer": 4}  # statistics
 # BatchNorm the values less their mean, with LayerNorm those and the normalised ones.
 _KEPT = {"none": 2, "batch": 3, "layer": 4}
 
+# The same for packed blocks, read off the programs that XLA compiles for an H100 (JAX 0.10.2): a norm's gradient is
+# computed from its input alone.
+_KEPT_PACKED = {"none": 1.6, "batch": 2.2, "layer": 2.2}
+_KEPT_MLP = 0.8
+
 _NORMALISE = 4  # FLOPs for one value of an image, from uint8
 _LOSS = 19  # FLOPs for a logit: bias, cross-entropy, its gradient and the hit
 _SORT = 8  # int32 for each train example while an epoch's order is drawn: keys, numbers, their sorted copies
@@ -73,9 +78,13 @@ class Costs:
     working_bytes: int
     """What a trial needs beside that while it computes: a copy of the state, gradients and activations."""
 
+    packed_bytes: int = 0
+    """Estimate: a trial's share of the temporaries of a block's step."""
+    between_bytes: int = 0
+    """Estimate: the temporaries of an evaluation batch or of drawing an order, whichever are more."""
     expanded_bytes: int = 0
-    """Estimate: a convolutional net's kernels in the type to compute in, and their gradients: a group of G trials side
-    by side holds G times as much for each, zeros included."""
+    """Estimate: a convolutional net's kernels in the type to compute in, of which a group of G trials side by side
+    holds G times as much for each, zeros included."""
     convolutional: bool = True
 
     def device_bytes(self, slots: int, together: int, group: int = 1) -> int:
@@ -91,8 +100,16 @@ class Costs:
         return self.dataset_bytes + slots * self.resident_bytes + block * copied + self.temporaries(block, group)
 
     def temporaries(self, block: int, group: int) -> int:
-        """Estimate of what a block's step holds beside states and gradients."""
-        return block * (self.activation_bytes + (group - 1) * self.expanded_bytes)
+        """Estimate of what a block's step holds beside its trials' states."""
+        if block == 1:
+            return self.activation_bytes
+        return max(self.step_temporaries(block, group), block * self.between_bytes)
+
+    def step_temporaries(self, block: int, group: int) -> int:
+        """That of a training step alone."""
+        if block == 1:
+            return self.activation_bytes
+        return block * (self.packed_bytes + (group - 1) * self.expanded_bytes)
 
 
 def costs(point: Config, spec: DatasetSpec) -> Costs:
@@ -127,6 +144,8 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
     evaluated = max(_evaluation_batch(size) for size in (spec.test_examples, held_back, n))
     evaluation = evaluated * (net.alive * computed + pixels * value)
     activations = max(training, evaluation, 4 * _SORT * n)
+    kept = _KEPT_PACKED[point.norm] if net.convolutional else _KEPT_MLP
+    packed = int(batch * computed * (kept * net.outputs + pixels)) + (0 if net.convolutional else computed * parameters)
 
     resident, working = state + carried, state + value * parameters + activations
     return Costs(
@@ -141,7 +160,9 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
         dataset_bytes=(spec.train_examples + spec.test_examples) * (pixels + 4),
         resident_bytes=resident,
         working_bytes=working,
-        expanded_bytes=2 * computed * parameters if net.convolutional else 0,
+        packed_bytes=packed,
+        between_bytes=max(evaluation, 4 * _SORT * n),
+        expanded_bytes=computed * parameters if net.convolutional else 0,
         convolutional=net.convolutional,
     )
 
