@@ -9,11 +9,11 @@ import tiny
 from plastic_jax import plan, results, sampler
 from plastic_jax.config import Config
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import native
+from plastic_jax.kernels import Form, library
 from plastic_jax.train import core
 from plastic_jax.train.trial_axis import Formulation
 
-needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,13 @@ def test_batch_size_changes_nothing_when_mapped(reference, slots):
     tiny.same(reference, tiny.trained(tiny.study(), slots=slots))
 
 
-def test_batch_size_and_neighbours_change_nothing_when_vmapped():
-    whole = tiny.trained(tiny.study(), "vmap", 8)
-    tiny.same(whole, tiny.trained(tiny.study(), "vmap", 24))
-    alone = tiny.trained(tiny.study(seeds=1, first_seed=1), "vmap", 8)
+@pytest.mark.parametrize("name", tiny.PACKED)
+def test_batch_size_and_neighbours_change_nothing_when_packed(name):
+    changes, block, group = tiny.PACKED[name]
+    form = dict(kernels="packed", block=block, group=group)
+    whole = tiny.trained(tiny.study(seeds=3, **changes), slots=block, **form)
+    tiny.same(whole, tiny.trained(tiny.study(seeds=3, **changes), slots=3 * block, **form))
+    alone = tiny.trained(tiny.study(seeds=1, first_seed=1, **changes), slots=block, **form)
     tiny.same(whole[whole.seed == 1], alone)
 
 
@@ -41,35 +44,29 @@ def test_neighbours_change_nothing_when_mapped(reference):
     tiny.same(reference[reference.seed == 1], alone)
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
-def test_the_place_in_an_unrolled_block_changes_nothing(model):
-    """Four trials are written out one beside another; alone, each stands in the first place."""
-    small = dict(model=model, width=2, depth=1, warm_start_epochs=(0,), tuning_epochs=2, equal_updates=False)
-    whole = tiny.trained(tiny.study(seeds=4, **small), "unroll", 4, convolution="products")
-    for seed in range(1, 4):
-        alone = tiny.trained(tiny.study(seeds=1, first_seed=seed, **small), "unroll", 4, convolution="products")
-        tiny.same(whole[whole.seed == seed], alone)
-
-
 def test_number_of_devices_changes_nothing(reference):
     tiny.same(reference, tiny.trained(tiny.study(), slots=8, devices=4))
 
 
-def test_number_of_devices_changes_nothing_when_vmapped():
+@pytest.mark.parametrize("name", tiny.PACKED)
+def test_number_of_devices_changes_nothing_when_packed(name):
     """From two devices on; XLA compiles a program for one device by other passes, which round otherwise."""
-    two = tiny.trained(tiny.study(), "vmap", 16, devices=2)
-    tiny.same(two, tiny.trained(tiny.study(), "vmap", 32, devices=4))
+    changes, block, group = tiny.PACKED[name]
+    form = dict(kernels="packed", block=block, group=group)
+    two = tiny.trained(tiny.study(**changes), slots=2 * block, devices=2, **form)
+    tiny.same(two, tiny.trained(tiny.study(**changes), slots=4 * block, devices=4, **form))
 
 
-@pytest.mark.parametrize("axis", ["map", "vmap"])
-def test_resumed_equals_uninterrupted_at_every_chunk(axis):
-    study = tiny.study(stage_accuracy=0.5, keep="ends")
-    formulation = Formulation(axis, "plain", 8 if axis == "vmap" else 4)
+@pytest.mark.parametrize("name", ["mapped", *tiny.PACKED])
+def test_resumed_equals_uninterrupted_at_every_chunk(name):
+    changes, block, group = tiny.PACKED.get(name, ({}, 1, 1))
+    study = tiny.study(**changes, stage_accuracy=0.5, keep="ends")
+    formulation = Formulation("mapped" if name == "mapped" else "packed", block, group, max(4, block))
     (whole,) = tiny.programs(study, formulation)
     snapshots = [whole.snapshot()]
     while whole.step():
         snapshots.append(whole.snapshot())
-    assert len(snapshots) > 8
+    assert len(snapshots) > (8 if not changes else 2)
     for arrays, host in snapshots[1::4]:
         (again,) = tiny.programs(study, formulation)
         again.resume(arrays, host)
@@ -83,7 +80,7 @@ def test_resumed_equals_uninterrupted_at_every_chunk(axis):
 def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed(model):
     """Neighbours, slots and devices at once; a ResNet's images go from 2x2 to 1x1, where it falls back."""
     small = dict(model=model, width=3, depth=1, warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False)
-    study, form = tiny.study(seeds=3, **small), Formulation("map", "native", 4)
+    study, form = tiny.study(seeds=3, **small), Formulation("native", slots=4)
     (whole,) = tiny.programs(study, form, 2)
     whole.step()
     arrays, host = whole.snapshot()
@@ -95,13 +92,13 @@ def test_a_native_trial_changes_neither_with_its_neighbours_nor_when_resumed(mod
         pass
     table = tiny.table(study, [whole])
     tiny.same(table, tiny.table(study, [again]))
-    alone = tiny.trained(tiny.study(seeds=1, first_seed=1, **small), slots=2, devices=2, convolution="native")
+    alone = tiny.trained(tiny.study(seeds=1, first_seed=1, **small), slots=2, devices=2, kernels="native")
     tiny.same(table[table.seed == 1], alone)
 
 
 def test_a_run_with_snapshots_equals_one_without(reference):
     study = tiny.study()
-    (run,) = tiny.programs(study, Formulation("map", "plain", 4))
+    (run,) = tiny.programs(study, Formulation("mapped", slots=4))
     while run.step():
         run.snapshot()
     tiny.same(reference, tiny.table(study, [run]))
@@ -117,13 +114,14 @@ def test_formulations_and_devices_agree_in_float64(model):
             metric_epochs=1, batch_size=10, label_noise=0.3, seeds=2,
         )  # fmt: skip
         tables, draws = [], []
-        ways = (("map", "plain", 2, 1), ("vmap", "mended", 32, 4), ("map", "products", 4, 2))
-        ways += (("map", "native", 4, 2),) * native.available()
-        for axis, convolution, slots, devices in ways:
-            (run,) = tiny.programs(study, Formulation(axis, convolution, slots), devices)
+        ways = [(Formulation("mapped", slots=2), 1), (Formulation("packed", 4, 1, 16), 4)]
+        ways += [(Formulation("packed", 4, 2, 8), 1)] * (model == "resnet") + [(Formulation("products", slots=4), 2)]
+        ways += [(Formulation("native", slots=4), 2)] * library.available()
+        for formulation, devices in ways:
+            (run,) = tiny.programs(study, formulation, devices)
             run._deal()
-            first = jax.device_get(run._state["params"])
-            draws.append([leaf[:2] for leaf in jax.tree.leaves(first)] + [run._sample_host["labels"][:2]])
+            first = jax.device_get(run._state.params)
+            draws.append([leaf[:2] for leaf in jax.tree.leaves(first)] + [run._sample_host.labels[:2]])
             while run.step():
                 pass
             tables.append(tiny.table(study, [run]))
@@ -142,7 +140,7 @@ def test_formulations_and_devices_agree_in_float64(model):
 
 def test_arms_of_a_seed_share_initialisation_and_tuning_batches():
     study = tiny.study(warm_start_epochs=(0, 2), pretraining_fraction=(0.5, 0.8), seeds=1)
-    (run,) = tiny.programs(study, Formulation("map", "plain", 4))
+    (run,) = tiny.programs(study, Formulation("mapped", slots=4))
     orders, starts = [], []
     while True:
         run._deal()
@@ -150,9 +148,9 @@ def test_arms_of_a_seed_share_initialisation_and_tuning_batches():
         for i, slot in enumerate(run.slots):
             if slot.node is not None and slot.epoch == 0:
                 if run.nodes[slot.node].stage.name == "tuning":
-                    orders.append(state["order"][i].tolist())
+                    orders.append(state.order[i].tolist())
                 if run.nodes[slot.node].parent is None:
-                    starts.append([leaf[i] for leaf in jax.tree.leaves(state["params"])])
+                    starts.append([leaf[i] for leaf in jax.tree.leaves(state.params)])
         if not run.step():
             break
     assert len(orders) == 3 and orders[0] == orders[1] == orders[2]
@@ -218,7 +216,7 @@ def test_dynamic_values_share_one_compiled_program():
         tuning_learning_rate_factor=(1.0, 3.0), warm_start_epochs=(0, 3), batch_stats=("carry", "restart"),
         seeds=1, equal_updates=False, width=7,  # a width of its own: no other test has compiled it
     )  # fmt: skip
-    (run,) = tiny.programs(study, Formulation("map", "plain", 4))
+    (run,) = tiny.programs(study, Formulation("mapped", slots=4))
     compilations = []
 
     def heard(event: str, _: float, **more: str) -> None:
@@ -233,7 +231,7 @@ def test_dynamic_values_share_one_compiled_program():
 
 
 def test_nothing_is_transferred_unasked_when_a_chunk_is_called():
-    (run,) = tiny.programs(tiny.study(seeds=1), Formulation("map", "plain", 4))
+    (run,) = tiny.programs(tiny.study(seeds=1), Formulation("mapped", slots=4))
     run._deal()
     run._data = jax.device_get(run._data)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
@@ -241,7 +239,7 @@ def test_nothing_is_transferred_unasked_when_a_chunk_is_called():
 
 
 def test_the_state_is_donated():
-    (run,) = tiny.programs(tiny.study(seeds=1), Formulation("map", "plain", 4))
+    (run,) = tiny.programs(tiny.study(seeds=1), Formulation("mapped", slots=4))
     run._deal()
     before = jax.tree.leaves(run._state)
     run._run_chunk()
@@ -252,45 +250,46 @@ def test_the_state_is_donated():
 
 
 @pytest.mark.parametrize(
-    ("axis", "convolution", "optimizer"),
+    ("kernels", "block", "group", "fields"),
     [
-        ("map", "plain", "sgd"),
-        ("vmap", "plain", "sgd"),
-        pytest.param("map", "native", "adam", marks=needs_compiler),
+        ("mapped", 1, 1, dict(optimizer="sgd")),
+        ("packed", 8, 1, dict(optimizer="sgd")),
+        ("packed", 4, 1, dict(tiny.SMALL_RESNET, optimizer="sgd")),
+        ("packed", 4, 4, dict(tiny.SMALL_RESNET, optimizer="sgd")),
+        pytest.param("native", 1, 1, dict(optimizer="adam"), marks=needs_compiler),
     ],
 )
-def test_a_diverging_neighbour_changes_nothing(axis, convolution, optimizer):
-    fields = dict(norm="none", optimizer=optimizer)
-    both = tiny.trained(tiny.study(learning_rate=(0.01, 1e30), **fields), axis, 8, convolution=convolution)
-    good = tiny.trained(tiny.study(learning_rate=(0.01,), **fields), axis, 8, convolution=convolution)
+def test_a_diverging_neighbour_changes_nothing(kernels, block, group, fields):
+    form = dict(kernels=kernels, slots=8, block=block, group=group)
+    both = tiny.trained(tiny.study(**fields, norm="none", learning_rate=(0.01, 1e30)), **form)
+    good = tiny.trained(tiny.study(**fields, norm="none", learning_rate=(0.01,)), **form)
     bad = both[both.learning_rate == 1e30]
     assert not good.diverged.any() and good.train_loss.notna().all()
     kept = both[both.learning_rate == 0.01]
-    tiny.same(good, kept, ignore=("trial", "arm", "learning_rate") if "learning_rate" in good else ("trial",)) if (
-        "learning_rate" in good
-    ) else tiny.same(good.assign(arm=0), kept.drop(columns="learning_rate").assign(arm=0))
+    tiny.same(good.assign(arm=0), kept.drop(columns="learning_rate").assign(arm=0))
     assert bad.groupby("trial").diverged.sum().eq(1).all()
     assert bad[bad.diverged][["train_loss", "test_accuracy", "test_loss", "fit_accuracy"]].isna().all(axis=None)
     last = bad.groupby("trial").tail(1)
     assert last.diverged.all(), "a diverged trial has no later rows"
 
 
-@pytest.mark.parametrize("convolution", ["plain", pytest.param("native", marks=needs_compiler)])
-def test_a_step_with_an_infinite_loss_leaves_all_as_it_was(convolution):
+@pytest.mark.parametrize("where", ["a parameter", "a running statistic", "an image's features"])
+@pytest.mark.parametrize("kernels", ["mapped", pytest.param("native", marks=needs_compiler)])
+def test_a_step_that_is_not_finite_leaves_all_as_it_was(kernels, where):
     """Parameters, moments and statistics to the last bit; the step is counted, and the trial marked."""
-    point, data = Config(model="mlp", width=6, depth=1, norm="batch", batch_size=4), tiny.dataset()
-    one = core.Core(point, tiny.SPEC.shape, tiny.SPEC.classes, convolution)
-    state = {k: v for k, v in one.init(jnp.uint32(0)).items() if k not in ("epoch", "done")}
-    state["params"]["module_2"]["bias"] = jnp.array([jnp.inf, 0.0, 0.0, 0.0, 0.0])
-    trial = {
-        "stage": {"learning_rate": 0.1, "weight_decay": 0.1, "steps": 10},
-        "sample": {"ids": jnp.arange(50), "labels": jnp.asarray(data.train_labels)},
-    }
-    sums = {"loss": jnp.zeros(()), "correct": jnp.int32(0), "count": jnp.int32(0)}
-    after, _ = jax.jit(one._step)(state, sums, trial, jnp.arange(4), core.resident(data))
-    assert after["diverged"] and after["step"] == 1
+    point = Config(model="mlp", width=6, depth=1, norm="batch", batch_size=4)
+    one = core.Core(point, tiny.SPEC.shape, tiny.SPEC.classes, Form(kernels))
+    state = one.init(jnp.uint32(0), 50)
+    if where == "a parameter":
+        state.params["module_2"]["bias"] = jnp.array([jnp.inf, 0.0, 0.0, 0.0, 0.0])
+    elif where == "a running statistic":
+        state.batch_stats["module_1"]["norm"]["mean"] = jnp.full(6, jnp.nan)
+    else:
+        state.params["module_1"]["linear"]["kernel"] = jnp.full((16, 6), jnp.inf)
+    after = tiny.one_step(one, state)
+    assert after.diverged and after.step == 1
     for name in ("params", "optimiser", "batch_stats"):
-        for a, b in zip(jax.tree.leaves(after[name]), jax.tree.leaves(state[name]), strict=True):
+        for a, b in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(state, name)), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -311,7 +310,7 @@ def test_a_stage_ends_at_the_trials_own_first_epoch_of_that_accuracy():
         assert own.fit_accuracy.notna().tolist() == [False] * (len(own) - 1) + [True]
         ends.add(first.step)
     assert len(ends) > 1, "the trials should stop at different steps"
-    tiny.same(found, tiny.trained(study, "map", 8, devices=2))
+    tiny.same(found, tiny.trained(study, slots=8, devices=2))
 
 
 def test_a_stage_by_accuracy_stops_within_a_chunk():
@@ -407,7 +406,7 @@ def test_train_figures_are_means_over_the_epochs_own_batches(reference):
 
 def test_snapshot_arrays_are_the_runs_own(reference):
     """A snapshot does not change while the run goes on (donated buffers)."""
-    (run,) = tiny.programs(tiny.study(), Formulation("map", "plain", 4))
+    (run,) = tiny.programs(tiny.study(), Formulation("mapped", slots=4))
     for _ in range(3):
         run.step()
     arrays, _ = run.snapshot()

@@ -1,9 +1,11 @@
 """Stages before tuning: nested data sets, resets, chunks, ends by accuracy (the paper's figures 4, 6 and 11)."""
 
+import dataclasses
 import itertools
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,7 +15,9 @@ from plastic_jax import models, plan, results, rows, sampler
 from plastic_jax.config import Config, Sweep, canonical
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import Form
 from plastic_jax.train import core
+from plastic_jax.train.state import Beginning
 from plastic_jax.train.trial_axis import Formulation
 
 STAGED = dict(stage_accuracy=0.6, accuracy_ends="pretraining", warm_start_epochs=12, equal_updates=False)
@@ -281,7 +285,7 @@ def many():
 
 
 def test_no_value_of_a_dynamic_field_makes_a_further_program(many):
-    (run,) = tiny.programs(many, Formulation("map", "plain", 4))
+    (run,) = tiny.programs(many, Formulation("mapped", slots=4))
     compilations = []
 
     def heard(event: str, _: float, **more: str) -> None:
@@ -307,14 +311,14 @@ def test_trials_in_other_stages_change_nothing(many):
 
 
 def test_the_tuning_order_is_the_same_for_all_arms_of_a_seed(many):
-    (run,) = tiny.programs(many, Formulation("map", "plain", 4))
+    (run,) = tiny.programs(many, Formulation("mapped", slots=4))
     orders = {0: set(), 1: set()}
     while True:
         run._deal()
         state = jax.device_get(run._state)
         for i, slot in enumerate(run.slots):
             if slot.node is not None and slot.epoch == 0 and run.nodes[slot.node].stage.name == "tuning":
-                orders[run.nodes[slot.node].trial.seed].add(tuple(state["order"][i].tolist()))
+                orders[run.nodes[slot.node].trial.seed].add(tuple(state.order[i].tolist()))
         if not run.step():
             break
     assert [len(found) for found in orders.values()] == [1, 1] and orders[0] != orders[1]
@@ -369,22 +373,20 @@ def test_the_control_of_many_stages_learns_its_length():
 def begun(redrawn, carry_optimizer=True, count=7, **changes):
     """(before, after): states at the start of a tuning stage that re-draws `redrawn`; before: trained by hand."""
     point = Config(**{**tiny.CONFIG, "warm_start_epochs": 2, **changes})
-    one = core.Core(point, tiny.SPEC.shape, tiny.SPEC.classes, "plain")
+    one = core.Core(point, tiny.SPEC.shape, tiny.SPEC.classes, Form("mapped"))
     mask = np.isin(np.arange(1, models.modules(point.model, point.depth) + 1), redrawn)
-    order = np.arange(50, dtype=np.int32)
 
     def start(seed):
-        state = one.init(seed)
-        trained = jax.tree.map(lambda leaf: leaf + 1 + 0 * leaf, {k: state[k] for k in ("params", "batch_stats")})
-        opt = jax.tree.map(lambda leaf: leaf + count, state["optimiser"])
-        state = {**state, **trained, "optimiser": opt, "order": order}
-        stage = dict(
-            seed=seed, stream=np.int32(0), size=np.int32(50), restart_batch_stats=np.bool_(False),
-            reset_optimizer=np.bool_(not carry_optimizer), redrawn=mask,
-        )  # fmt: skip
-        flags = dict(fresh=np.bool_(False), begin=np.bool_(True), resume=np.bool_(False))
-        trial = {"state": state, "stage": stage, "sample": {"permutation": order}, **flags}
-        return state, one.start(trial, {})["state"]
+        state = one.init(seed, 50)
+        trained = jax.tree.map(lambda leaf: leaf + 1 + 0 * leaf, {"params": state.params, "stats": state.batch_stats})
+        opt = jax.tree.map(lambda leaf: leaf + count, state.optimiser)
+        order = jnp.arange(50, dtype=jnp.int32)
+        state = dataclasses.replace(
+            state, params=trained["params"], batch_stats=trained["stats"], optimiser=opt, order=order
+        )
+        stage = tiny.stage(seed=seed, reset_optimizer=np.bool_(not carry_optimizer), redrawn=mask)
+        how = Beginning(fresh=np.bool_(False), begin=np.bool_(True), resume=np.bool_(False))
+        return state, one.start(state, stage, tiny.sample(), how, None)
 
     return one, jax.jit(start)
 
@@ -398,19 +400,19 @@ def equal(a, b):
 def test_untouched_modules_stay_bit_for_bit_and_the_others_start_anew(redrawn, optimizer):
     one, start = begun(redrawn, optimizer=optimizer)
     before, after = jax.device_get(start(np.uint32(3)))
-    initial = jax.device_get(one.init(np.uint32(3)))
+    initial = jax.device_get(one.init(np.uint32(3), 50))
     for number in (1, 2, 3):
         name, new = f"module_{number}", number in redrawn
-        weights = after["params"][name], before["params"][name]
+        weights = after.params[name], before.params[name]
         assert equal(*weights) is not new
-        if name in before["batch_stats"]:
-            assert equal(after["batch_stats"][name], (initial if new else before)["batch_stats"][name])
+        if name in before.batch_stats:
+            assert equal(after.batch_stats[name], (initial if new else before).batch_stats[name])
         if new and name != "module_3":  # a norm's scale and bias are constants
-            assert equal(after["params"][name]["norm"], initial["params"][name]["norm"])
-        moments = [tree for tree in _trees(after["optimiser"]) if name in tree]
+            assert equal(after.params[name]["norm"], initial.params[name]["norm"])
+        moments = [tree for tree in _trees(after.optimiser) if name in tree]
         assert moments and all((leaf == (0 if new else 7)).all() for t in moments for leaf in jax.tree.leaves(t[name]))
     if optimizer == "adam":
-        assert after["optimiser"].count == (0 if len(redrawn) == 3 else 7)
+        assert after.optimiser.count == (0 if len(redrawn) == 3 else 7)
 
 
 def _trees(state):
@@ -420,7 +422,7 @@ def _trees(state):
 def test_redrawn_weights_are_not_the_first_ones():
     one, start = begun((1, 2, 3))
     _, after = start(np.uint32(3))
-    assert not equal(after["params"]["module_1"]["linear"], one.init(np.uint32(3))["params"]["module_1"]["linear"])
+    assert not equal(after.params["module_1"]["linear"], one.init(np.uint32(3), 50).params["module_1"]["linear"])
 
 
 @pytest.mark.parametrize("initialisation", ["pytorch", "he", "lecun"])
@@ -428,7 +430,7 @@ def test_reset_modules_follow_the_initialisers_distribution(initialisation):
     """Over 300 seeds: mean, variance and Kolmogorov-Smirnov against the closed form; seeds are independent."""
     _, start = begun((2,), initialisation=initialisation)
     _, after = jax.vmap(start)(np.arange(300, dtype=np.uint32))
-    drawn = np.asarray(after["params"]["module_2"]["linear"]["kernel"])  # [300, 8, 8], fan-in 8
+    drawn = np.asarray(after.params["module_2"]["linear"]["kernel"])  # [300, 8, 8], fan-in 8
     flat = drawn.reshape(-1)
     variance = {"pytorch": 1 / 3, "he": 2, "lecun": 1}[initialisation] / 8
     assert abs(flat.mean()) < 5 * np.sqrt(variance / flat.size)

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from plastic_jax import plan, results, rows, trial
 from plastic_jax.config import FIELDS, Sweep
 from plastic_jax.data import Dataset, DatasetSpec
+from plastic_jax.train.core import Core
 from plastic_jax.train.program import ProgramRun
+from plastic_jax.train.state import Sample, Stage, State, Sums, resident
 from plastic_jax.train.trial_axis import Formulation
 
 SPEC = DatasetSpec("noise", 50, 30, (4, 4, 1), 5)
@@ -47,6 +50,17 @@ def programs(of: trial.Study, formulation: Formulation, devices: int = 1, **more
         ProgramRun(p, dataset(), formulation, jax.devices()[:devices], of.sweep.eval_every, **more)
         for p in plan.programs(of)
     ]
+
+
+SMALL_RESNET: dict[str, Any] = dict(
+    model="resnet", width=2, depth=1, warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False
+)
+# Packed forms: changes to the config, and (block, group).
+PACKED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "an MLP": ({}, 8, 1),
+    "a ResNet, each trial's own convolutions": (SMALL_RESNET, 4, 1),
+    "a ResNet, block-diagonal": (SMALL_RESNET, 4, 2),
+}
 
 
 def table(of: trial.Study, runs: Sequence[ProgramRun]) -> pd.DataFrame:
@@ -101,3 +115,27 @@ def joined(studies: Sequence[trial.Study]) -> trial.Study:
 def of_seed(of: trial.Study, seed: int) -> trial.Study:
     """The trials of one seed alone."""
     return dataclasses.replace(of, trials=tuple(t for t in of.trials if t.seed == seed))
+
+
+def stage(**changes: Any) -> Stage:
+    """The dynamic values of an ordinary stage on all of `SPEC`'s examples."""
+    values: dict[str, Any] = dict(
+        seed=np.uint32(0), stream=np.int32(0), size=np.int32(50), steps=np.int32(10), learning_rate=np.float32(0.1),
+        schedule=np.int32(0), weight_decay=np.float32(0.1), accuracy=np.float32(0), restart_batch_stats=np.bool_(False),
+        reset_optimizer=np.bool_(False), redrawn=np.zeros(6, bool), prefix=np.int32(1), gamma=np.float32(-1),
+    )  # fmt: skip
+    return Stage(**values | changes)
+
+
+def sample(labels: np.ndarray | None = None) -> Sample:
+    """All of `SPEC`'s examples in order."""
+    numbers = np.arange(50, dtype=np.int32)
+    return Sample(numbers, dataset().train_labels if labels is None else labels, numbers, np.zeros(0, np.int32))
+
+
+def one_step(one: Core, state: State, **changes: Any) -> State:
+    """The state after one step on the first examples."""
+    sums = Sums(jnp.zeros((), one.dtype), jnp.int32(0), jnp.int32(0))
+    local = jnp.arange(one.point.batch_size, dtype=jnp.int32)
+    step = jax.jit(lambda state, stage, sample, data: one.step(state, sums, stage, sample, local, data)[0])
+    return step(state, stage(**changes), sample(), resident(dataset()))
