@@ -139,3 +139,9 @@ def one_step(one: Core, state: State, **changes: Any) -> State:
     local = jnp.arange(one.point.batch_size, dtype=jnp.int32)
     step = jax.jit(lambda state, stage, sample, data: one.step(state, sums, stage, sample, local, data)[0])
     return step(state, stage(**changes), sample(), resident(dataset()))
+
+
+def of_model(of: trial.Study, model: str) -> trial.Study:
+    """The study with another network in each of its trials: one that no config field names."""
+    trials = tuple(dataclasses.replace(t, point=dataclasses.replace(t.point, model=model)) for t in of.trials)
+    return dataclasses.replace(of, trials=trials)

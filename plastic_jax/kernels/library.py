@@ -41,7 +41,7 @@ def require(platform: str) -> None:
     """Raises an InputError that says why there are no native convolutions on that backend, if so."""
     reason = f"programs for {platform} cannot call it" if platform != "cpu" else _reason()
     if reason:
-        raise InputError(f"convolution is 'native', which is compiled by this machine's C++ compiler, but {reason}.")
+        raise InputError(f"kernels is 'native', which is compiled by this machine's C++ compiler, but {reason}.")
 
 
 def fits(images_BHWC: Array, kernel_HWIO: Array, strides: Any, pads: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Convolutions in JAX's own operations that are fast inside a CPU's loops: `mended` and `products`.
+"""Convolutions in JAX's own operations that are fast inside a CPU's loops: `mended` ones, and `products`.
 
 XLA's CPU backend rewrites convolutions into the one layout that its fast kernel takes, but only in
 the program's entry computation (jax-ml/jax#12868). The forward convolution of an NHWC network is

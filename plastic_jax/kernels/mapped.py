@@ -21,12 +21,19 @@ EPSILON = 1e-5  # of all norms: PyTorch's
 class Activations:
     """What flows from layer to layer: the values of all trials of a block, and the kernels that compute on them.
 
-    `taint` holds arrays [T, C] that are not finite where a trial has had non-finite values taken out (None: none need
-    be); `clean` says that no value of one trial can spoil another's.
+    Where trials share channels: `taint` holds arrays [T, C] that are not finite for a trial which has had non-finite
+    values taken out (None: none need be), `clean` says that there are no such values, `seen` that taint tells of them.
     """
 
-    def __init__(self, values: Array, kernels: Mapped, taint: tuple[Array, ...] | None = None, clean: bool = True):
-        self.values, self.kernels, self.taint, self.clean = values, kernels, taint, clean
+    def __init__(
+        self,
+        values: Array,
+        kernels: Mapped,
+        taint: tuple[Array, ...] | None = None,
+        clean: bool = True,
+        seen: bool = True,
+    ):
+        self.values, self.kernels, self.taint, self.clean, self.seen = values, kernels, taint, clean, seen
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,7 +43,8 @@ class Activations:
 
     def with_values(self, values: Array, **changes: Any) -> Activations:
         """The same with other values."""
-        return Activations(values, self.kernels, **{"taint": self.taint, "clean": self.clean} | changes)
+        kept = {"taint": self.taint, "clean": self.clean, "seen": self.seen}
+        return Activations(values, self.kernels, **kept | changes)
 
 
 class Mapped:
@@ -80,7 +88,7 @@ class Mapped:
         values = self.convolve(x, kernel_TOhwI.astype(self.dtype), stride, pad)
         if bias_TO is not None:
             values = values + self.per_channel(bias_TO.astype(self.dtype), values)
-        return x.with_values(values, clean=self.group == 1)
+        return x.with_values(values)
 
     def convolve(self, x: Activations, kernel_TOhwI: Array, stride: int, pad: int) -> Array:
         """The convolution alone: [K, B, H', W', G O]."""
@@ -139,7 +147,7 @@ class Mapped:
         taint = x.taint
         if x.taint is not None and y.taint is not None:
             taint = (*x.taint, *(one for one in y.taint if all(one is not other for other in x.taint)))
-        return x.with_values(x.values + y.values, taint=taint, clean=x.clean and y.clean)
+        return x.with_values(x.values + y.values, taint=taint, clean=x.clean and y.clean, seen=x.seen and y.seen)
 
     def shared(self, x: Activations) -> Activations:
         """x, of which more than one layer makes use."""

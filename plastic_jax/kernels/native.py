@@ -69,7 +69,7 @@ class Native(Mapped):
 class _Waiting(Activations):
     """Activations whose `values` are computed when they are asked for."""
 
-    taint, clean = None, True
+    taint, clean, seen = None, True, True
 
     def with_values(self, values: Array, **_: Any) -> Activations:
         """These values, at hand."""

@@ -3,8 +3,10 @@
 A narrow network's step is bound by the number of kernels that it launches, not by their work, so that the trials of a
 block share launches. Within a group of G trials a convolution is block-diagonal, and 0 * NaN is NaN: so no non-finite
 value may enter one, forwards or backwards. They are taken out, and the trial that had them is marked by its own
-statistics, loss and gradients (contract 6): the sums of each norm's statistics, scale and bias are its `taint`, which
-spoils its features again if anything in it is not finite, where the network leaves the channels.
+statistics, loss and gradients (contract 6). Forwards, its `taint` is 0 times what tells of all values that were looked
+at: in training a norm's statistics, scale and bias, else the values themselves. It is NaN if anything was not finite,
+and spoils the trial's own features again where the network leaves the channels. Backwards, the gradients of scales and
+biases are sums over the gradients that were taken out, and are not finite themselves.
 """
 
 from __future__ import annotations
@@ -35,24 +37,15 @@ class Packed(Mapped):
         return Activations(self.normalised_images(values), self, () if group > 1 else None)
 
     def convolution(self, x: Activations, kernel_TOhwI: Array, bias_TO: Array | None, stride: int) -> Activations:
-        """As `Mapped`; without a norm after it, its own output tells whether it is finite."""
-        x = super().convolution(x, kernel_TOhwI, bias_TO, stride)
-        if bias_TO is None or x.taint is None:
-            return x
-        axes = tuple(range(1, x.values.ndim - 1))
-        return self._tainted(x, x.values.sum(axes, dtype=self.real))
+        """As `Mapped`; its values are new, so that what follows has to look whether they are finite."""
+        x = super().convolution(self._cleaned(x), kernel_TOhwI, bias_TO, stride)
+        return x.with_values(x.values, clean=x.taint is None, seen=False)
 
     def convolve(self, x: Activations, kernel_TOhwI: Array, stride: int, pad: int) -> Array:
         """K convolutions, each block-diagonal in its G trials."""
-        values, group = x.values, self.group
-        if group == 1:
-            each = [one_convolution(values[k], kernel_TOhwI[k], stride, pad) for k in range(self.trials)]
-            return jnp.stack(each)
-        if not x.clean:
-            values = _finite(values)
-        kernels = _block_diagonal(kernel_TOhwI, group)
-        each = [one_convolution(v, kernel, stride, pad) for v, kernel in zip(values, kernels, strict=True)]
-        return _finite_gradient(jnp.stack(each))
+        kernels = kernel_TOhwI if self.group == 1 else _block_diagonal(kernel_TOhwI, self.group)
+        each = [one_convolution(v, kernel, stride, pad) for v, kernel in zip(x.values, kernels, strict=True)]
+        return jnp.stack(each) if self.group == 1 else _finite_gradient(jnp.stack(each))
 
     def product(self, values_TBD: Array, kernel_TDO: Array) -> Array:
         """A batched product."""
@@ -61,28 +54,20 @@ class Packed(Mapped):
     def batch_norm(
         self, x: Activations, scale_TC: Array, bias_TC: Array, running_TC: Array
     ) -> tuple[Activations, Array, Array]:
-        """As `Mapped`, but one pass for the sums forwards and one for those backwards."""
+        """As `Mapped`, but of images in one pass for the sums forwards and one for those backwards."""
+        if x.values.ndim == 3:  # few values; and of the bias before it Adam sees nothing but the rounding
+            return super().batch_norm(x, scale_TC, bias_TC, running_TC)
         per = partial(self.per_channel, like=x.values)
         shift = lax.stop_gradient(per(running_TC))
         values, mean, var = _batch_norm(x.values, per(scale_TC), per(bias_TC), shift, self.dtype, self.real)
         mean, var = self.per_trial(mean), self.per_trial(var)
-        x = self._tainted(x.with_values(values), mean, var, scale_TC, bias_TC)
-        return x, mean, var
-
-    def normalise(self, x: Activations, mean: Array, var: Array, scale: Array, bias: Array) -> Activations:
-        """As `Mapped`."""
-        return self._tainted(super().normalise(x, mean, var, scale, bias), mean, var, scale, bias)
-
-    def layer_norm(self, x: Activations, scale_TC: Array, bias_TC: Array) -> Activations:
-        """As `Mapped`."""
-        x = super().layer_norm(x, scale_TC, bias_TC)
-        if x.taint is None:
-            return x
-        return self._tainted(x, x.values.sum(tuple(range(1, x.values.ndim - 1)), dtype=self.real))
+        return self._tainted(x.with_values(values), mean, var, scale_TC, bias_TC), mean, var
 
     def relu(self, x: Activations) -> Activations:
         """As `Mapped`; what is not finite becomes 0 where it could reach another trial."""
-        finite = x.taint is not None and not x.clean
+        finite = not x.clean
+        if not (x.clean or x.seen):
+            x = self._looked_at(x)
         if x.values.shape[0] == 1:
             return x.with_values(_relu(x.values, finite), clean=True)
         return x.with_values(_rectified(x.values, finite), clean=True)
@@ -90,20 +75,30 @@ class Packed(Mapped):
     def by_trial(self, x: Activations, values: Array) -> Activations:
         """As `Mapped`; here the trials part, and a trial's taint spoils its own values again."""
         x = super().by_trial(x, values)
-        if x.taint is None:
-            return x
         if not x.taint:
-            return x.with_values(x.values, taint=None)
-        taint = 0 * lax.stop_gradient(jnp.concatenate(x.taint, axis=1)).sum(1)
+            return x.with_values(x.values, taint=None, clean=True)
+        taint = jnp.concatenate(x.taint, axis=1).sum(1)
         taint = taint.astype(x.values.dtype).reshape(-1, *(1,) * (x.values.ndim - 1))
         return x.with_values(x.values + taint, taint=None, clean=True)
 
-    def _tainted(self, x: Activations, *values: Array) -> Activations:
-        """Remembers the `values` [T, C] or [K, G C], to find the trials that have anything non-finite in them."""
+    def _cleaned(self, x: Activations) -> Activations:
+        """Without what is not finite, where it could reach another trial."""
+        if x.clean:
+            return x
+        x = x if x.seen else self._looked_at(x)
+        return x.with_values(_finite(x.values), clean=True)
+
+    def _looked_at(self, x: Activations) -> Activations:
+        """Remembers in one pass which trials have values that are not finite."""
+        axes = tuple(range(1, x.values.ndim - 1))
+        return self._tainted(x, self.per_trial((0 * x.values).sum(axes, dtype=self.real)))
+
+    def _tainted(self, x: Activations, *values_TC: Array) -> Activations:
+        """Remembers the trials that have anything non-finite in these values, which tell of all those of x."""
         if x.taint is None:
             return x
-        total = sum((self.per_trial(v) for v in values[1:]), start=self.per_trial(values[0]))
-        return x.with_values(x.values, taint=(*x.taint, total), clean=False)
+        total = sum((0 * lax.stop_gradient(v) for v in values_TC), start=jnp.zeros((), self.real))
+        return x.with_values(x.values, taint=(*x.taint, total), clean=False, seen=True)
 
 
 def _block_diagonal(kernel_TOhwI: Array, group: int) -> Array:
