@@ -95,7 +95,8 @@ class ProgramRun:
         self.structure = jax.tree.structure(one)
         self.leaves = jax.tree.leaves(one)
         # From here on: all that a checkpoint holds.
-        self.schedule = Schedule(program, formulation.slots, eval_every, keep)
+        slots, block = formulation.slots, formulation.block
+        self.schedule = Schedule(program, slots, eval_every, block, self.mesh.size, keep)
         self.store: dict[int, list[np.ndarray]] = {}  # node -> the state at its end, for children and to be kept
         self._pending: Pending | None = None
         self._released: list[int] = []

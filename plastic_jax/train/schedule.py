@@ -1,10 +1,12 @@
 """The schedule: which node of a plan is trained in which slot, and how far in the next chunk. No device is known here.
 
 A slot trains one node after another. When a node ends, its first child goes on in the slot and the others wait with a
-copy of its state. Which node runs where and beside whom changes no result (contract 1).
+copy of its state. Which node runs where and beside whom changes no result (contract 1), but how much is computed for
+nothing: a block of slots computes as many steps for all of them as the one that needs most to its next evaluation.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +35,16 @@ class Schedule:
       program: the plan.
       slots: how many nodes can be trained side by side.
       eval_every: epochs between two looks at a node, which ends one chunk.
+      block: slots that are computed as one, as long as any of them trains.
+      devices: that the blocks are shared out to, in order.
       keep: whose states are kept: `none`, `ends` of trials, or of all `stages`.
     """
 
-    def __init__(self, program: ProgramPlan, slots: int, eval_every: int, keep: str = "none"):
+    def __init__(
+        self, program: ProgramPlan, slots: int, eval_every: int, block: int = 1, devices: int = 1, keep: str = "none"
+    ):
         self.plan, self.nodes, self.eval_every, self.keep = program, program.nodes, eval_every, keep
+        self.block, self.devices = block, devices
         self._remaining = program.remaining()
         # From here on: all that a snapshot holds.
         self.slots = [Slot() for _ in range(slots)]
@@ -66,17 +73,51 @@ class Schedule:
     # A chunk's beginning
 
     def deal(self) -> list[int]:
-        """Give free slots the ready nodes with the longest way to go; the slots whose node the device doesn't know."""
+        """Give free slots ready nodes, those with the longest way to go first; the slots that the device is to be told.
+
+        Nodes of one block should be of one pace. So its holes are filled with its own pace first, then with slower
+        nodes, which cost nothing there; and a further block is opened only when nodes of one pace fill it, or for a
+        device without work. Blocks are computed one after another: an empty one costs nothing.
+        """
         self._release_controls()
-        free = [i for i, slot in enumerate(self.slots) if slot.node is None]
-        if free and self.ready:
-            self.ready.sort(key=lambda r: (-self._remaining[r[0]], self.nodes[r[0]].stage.size, r[0]))
-            for i in free:
-                if not self.ready:
-                    break
-                node, source = self.ready.pop(0)
-                self._put(i, node, source)
+        self.ready.sort(key=lambda r: (-self._remaining[r[0]], self.nodes[r[0]].stage.size, r[0]))
+        paces: list[list[int]] = [[] for _ in range(len(self.slots) // self.block)]
+        for i, slot in enumerate(self.slots):
+            if slot.node is not None:
+                paces[i // self.block].append(self._pace(slot.node))
+        each = len(paces) // self.devices
+        busy = [sum(map(bool, paces[d * each : (d + 1) * each])) for d in range(self.devices)]
+        for block, found in enumerate(paces):
+            if found:
+                self._fill(block, max(found))
+        empty = [block for block, found in enumerate(paces) if not found]
+        while empty and self.ready:
+            block = min(empty, key=lambda b: (busy[b // each], b))
+            waiting = Counter(self._pace(node) for node, _ in self.ready)  # the longest way first
+            full = [pace for pace, nodes in waiting.items() if nodes >= self.block]
+            if not full and busy[block // each]:
+                break
+            self._fill(block, full[0] if full else max(waiting))
+            busy[block // each] += 1
+            empty.remove(block)
         return [i for i, slot in enumerate(self.slots) if slot.dealt]
+
+    def _pace(self, index: int) -> int:
+        """Examples that a node trains on from one evaluation to the next: the steps are nearly in proportion."""
+        return self.nodes[index].stage.size * self.every(index)
+
+    def every(self, index: int) -> int:
+        """Epochs between two looks at a node."""
+        return 1 if self.nodes[index].closely else self.eval_every
+
+    def _fill(self, block: int, pace: int) -> None:
+        """Fill a block's free slots with ready nodes of that pace, or else of the next below."""
+        for i in range(block * self.block, (block + 1) * self.block):
+            fitting = [r for r in self.ready if self._pace(r[0]) <= pace] if self.slots[i].node is None else []
+            if fitting:
+                chosen = max(fitting, key=lambda r: self._pace(r[0]))  # of equal ones the first: it has longest to go
+                self.ready.remove(chosen)
+                self._put(i, *chosen)
 
     def _put(self, i: int, node: int, source: int | None) -> None:
         self.slots[i] = Slot(node, self.first(node), source=source, dealt=True)
@@ -107,8 +148,13 @@ class Schedule:
 
     def _boundary(self, index: int, epoch: int) -> int:
         """The next epoch after `epoch` at which the host looks: an evaluation, or the node's end."""
-        every = 1 if self.nodes[index].closely else self.eval_every
+        every = self.every(index)
         return min((epoch // every + 1) * every, self.last(index))
+
+    def looks(self, index: int, epoch: int) -> list[int]:
+        """All epochs after `epoch` at which the host looks at a node: evaluations, and its end."""
+        every, last = self.every(index), self.last(index)
+        return [*range((epoch // every + 1) * every, last, every), last]
 
     # What a chunk measured
 
