@@ -1,7 +1,5 @@
 """The idle share of a schedule's slots, found without a device."""
 
-from collections import Counter
-
 from plastic_jax import sampler
 from plastic_jax.plan import ProgramPlan
 from plastic_jax.train.schedule import Schedule
@@ -13,6 +11,8 @@ def idle_share(program: ProgramPlan, slots: int, eval_every: int, block: int = 1
     In each chunk a block computes for all its slots as many steps as the one of them that needs most to its next
     evaluation, and nothing where none trains. Stages that end by accuracy are taken to last as long as planned.
     """
+    if block == 1:
+        return 0.0
     schedule, batch, computed = Schedule(program, slots, eval_every, block, devices), program.point.batch_size, 0
     while True:
         for i in schedule.deal():
@@ -23,11 +23,11 @@ def idle_share(program: ProgramPlan, slots: int, eval_every: int, block: int = 1
         # Nothing is dealt before a node ends: as many chunks as the shortest needs, at once.
         looks = {i: schedule.looks(node, schedule.slots[i].epoch) for i, node in training}
         chunks = min(map(len, looks.values()))
-        ways: dict[int, Counter] = {}  # block -> how often each (size, epochs at the chunks' ends) is in it
+        ways: dict[int, set] = {}  # block -> its nodes' (size, epochs before and after each chunk)
         for i, node in training:
             way = (program.nodes[node].stage.size, schedule.slots[i].epoch, *looks[i][:chunks])
-            ways.setdefault(i // block, Counter())[way] += 1
-        computed += sum(block * _longest(list(kinds), batch) for kinds in ways.values())
+            ways.setdefault(i // block, set()).add(way)
+        computed += sum(block * _longest(kinds, batch) for kinds in ways.values())
         for i, node in training:
             schedule.slots[i].epoch = epoch = looks[i][chunks - 1]
             if len(looks[i]) == chunks:
@@ -35,7 +35,7 @@ def idle_share(program: ProgramPlan, slots: int, eval_every: int, block: int = 1
                 schedule.finish(i, by_accuracy=False)
 
 
-def _longest(ways: list[tuple[int, ...]], batch: int) -> int:
+def _longest(ways: set[tuple[int, ...]], batch: int) -> int:
     """Steps of a block whose nodes go these ways, summed over the chunks."""
     steps = [[sampler.stage_steps(size, epoch, batch) for epoch in epochs] for size, *epochs in ways]
     if len(steps) == 1:

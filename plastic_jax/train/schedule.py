@@ -46,16 +46,14 @@ class Schedule:
         self.plan, self.nodes, self.eval_every, self.keep = program, program.nodes, eval_every, keep
         self.block, self.devices = block, devices
         self._remaining = program.remaining()
-        # From here on: all that a snapshot holds.
         self.slots = [Slot() for _ in range(slots)]
         self.records: Records = {}
         self.ended: dict[int, bool] = {}  # node -> whether it ended by accuracy
         self.dead: set[int] = set()  # nodes that can't be trained: their trial diverged before
         self.reaches: dict[int, tuple[int, int]] = {}  # first and last epoch that a control has learned
-        self.ready: list[tuple[int, int | None]] = []  # (node, source)
+        self.ready: list[tuple[int, int | None]] = [(n.index, None) for n in self.nodes if n.parent is None]
         self.held: list[tuple[int, int]] = []  # controls that wait for the trials they serve: (node, source)
         self.steps_done = 0
-        self.ready += [(node.index, None) for node in self.nodes if node.parent is None]
 
     def first(self, index: int) -> int:
         """The epoch of its stage that a node starts from."""
@@ -70,8 +68,6 @@ class Schedule:
         """Whether a slot has a node."""
         return any(slot.node is not None for slot in self.slots)
 
-    # A chunk's beginning
-
     def deal(self) -> list[int]:
         """Give free slots ready nodes, those with the longest way to go first; the slots that the device is to be told.
 
@@ -80,7 +76,12 @@ class Schedule:
         device without work. Blocks are computed one after another: an empty one costs nothing.
         """
         self._release_controls()
-        self.ready.sort(key=lambda r: (-self._remaining[r[0]], self.nodes[r[0]].stage.size, r[0]))
+        if self.ready and any(slot.node is None for slot in self.slots):
+            self.ready.sort(key=lambda r: (-self._remaining[r[0]], self.nodes[r[0]].stage.size, r[0]))
+            self._assign()
+        return [i for i, slot in enumerate(self.slots) if slot.dealt]
+
+    def _assign(self) -> None:
         paces: list[list[int]] = [[] for _ in range(len(self.slots) // self.block)]
         for i, slot in enumerate(self.slots):
             if slot.node is not None:
@@ -100,7 +101,6 @@ class Schedule:
             self._fill(block, full[0] if full else max(waiting))
             busy[block // each] += 1
             empty.remove(block)
-        return [i for i, slot in enumerate(self.slots) if slot.dealt]
 
     def _pace(self, index: int) -> int:
         """Examples that a node trains on from one evaluation to the next: the steps are nearly in proportion."""
@@ -180,8 +180,7 @@ class Schedule:
         past.append(record)
         if record["diverged"]:
             self._kill(index)
-            return False
-        return bool(self.nodes[index].stage.accuracy) and (record["done"] or record["last"])
+        return bool(self.nodes[index].stage.accuracy) and (record["done"] or record["last"]) and not record["diverged"]
 
     def _first_step(self, index: int) -> int:
         node = self.nodes[index]
