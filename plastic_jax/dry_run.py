@@ -15,7 +15,7 @@ from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.plan import ProgramPlan
 from plastic_jax.train import calibration, costs
-from plastic_jax.train.choice import candidates, formulation
+from plastic_jax.train.choice import candidates, fitted, formulation
 from plastic_jax.train.trial_axis import Formulation
 from plastic_jax.trial import TUNING_STREAM, Study
 
@@ -93,11 +93,11 @@ def _program(
     cost = costs.costs(point, spec)
     leaves = -(-program.leaves // devices)
     rule = candidates(sweep, point, backend, leaves)[0]
-    limits: Any = dict(leaves=program.leaves, memory=memory, devices=devices)
-    _check_memory(point, cost, formulation(rule, sweep, cost, **limits), memory, devices)
+    ruled = formulation(rule, sweep, cost, leaves=program.leaves, memory=memory, devices=devices)
+    _check_memory(point, cost, ruled, memory, devices)
     flops = steps * cost.step_flops + evaluated * cost.evaluation_flops
     choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
-    chosen = formulation(choice.form, sweep, cost, **limits)
+    chosen, idle = fitted(choice.form, sweep, cost, program, memory=memory, devices=devices)
     used, needed = _check_memory(point, cost, chosen, memory, devices)
     return {
         **{name: getattr(point, name) for name in STATIC},
@@ -106,6 +106,8 @@ def _program(
         "batches": -(-program.leaves // chosen.slots),
         "formulation": dataclasses.asdict(chosen),
         "calibration": choice.as_dict(),
+        "idle_share": idle[str(chosen.form)],
+        "idle_shares_tried": idle,
         "devices_used": used,
         "parameters": cost.parameters,
         "steps": steps,
@@ -172,6 +174,7 @@ def table_of(described: Mapping[str, Any]) -> str:
         "slots",
         "batches",
         "form",
+        "idle",
         "parameters",
         "steps",
         "unshared",
@@ -189,6 +192,7 @@ def table_of(described: Mapping[str, Any]) -> str:
                 str(form["slots"]),
                 str(p["batches"]),
                 str(Form(form["kernels"], form["block"], form["group"])),
+                f"{100 * p['idle_share']:.1f} %",
                 _number(p["parameters"]),
                 _number(p["steps"]),
                 _number(p["steps_unshared"]),

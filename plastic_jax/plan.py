@@ -7,19 +7,19 @@ forest: ten warm-start lengths of a seed are one pretraining cut at ten places, 
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from plastic_jax import sampler
 from plastic_jax.config import Config
 from plastic_jax.trial import CONTINUED, NO_MIXTURE, Stage, Study, Trial
 
 
-@dataclass
+@dataclass(frozen=True)
 class Node:
     """Epochs `first` .. `last` of a stage, for all of `trials`; `ends` are those whose stage ends with it.
 
-    `control` marks the fresh trial trained on to the largest number of updates of the trials `served`; its `last`
-    is found when they have ended, if their stages end by accuracy.
+    `control` marks the fresh trial trained on to the largest number of updates of the trials `served`; where their
+    stages end by accuracy its `first` and `last` are those planned, and the run learns its own.
     """
 
     index: int
@@ -34,23 +34,17 @@ class Node:
     control: bool = False
     served: tuple[int, ...] = ()
     closely: bool = False  # a control that waits to know how far, and is evaluated every epoch
-    children: list[int] = field(default_factory=list)
+    children: tuple[int, ...] = ()
 
     @property
     def begins(self) -> bool:
         """Whether the stage starts with this node."""
         return self.first == 0
 
-    def steps(self, last: int | None = None) -> int:
+    def steps(self) -> int:
         """Steps from `first` to `last`."""
         size, batch = self.stage.size, self.trial.point.batch_size
-        end = self.last if last is None else last
-        return sampler.stage_steps(size, end, batch) - sampler.stage_steps(size, self.first, batch)
-
-    def boundary(self, epoch: int, eval_every: int) -> int:
-        """The next epoch after `epoch` at which the host looks: an evaluation, or the node's end."""
-        every = 1 if self.closely else eval_every
-        return min((epoch // every + 1) * every, self.last)
+        return sampler.stage_steps(size, self.last, batch) - sampler.stage_steps(size, self.first, batch)
 
 
 @dataclass(frozen=True)
@@ -81,15 +75,6 @@ class ProgramPlan:
         """Trial-steps if every trial were trained from its own start."""
         alone = sum(_planned_steps(trial) for trial in self.trials)
         return alone + sum(node.steps() for node in self.nodes if node.control)
-
-    def reaches(self) -> list[tuple[int, int]]:
-        """Each node's first and last epoch: a control after stages that end by accuracy learns its own in the run."""
-        return [(node.first, node.last) for node in self.nodes]
-
-    def set_reaches(self, reaches: Sequence[tuple[int, int]]) -> None:
-        """Take over the reaches of a run that is gone on with."""
-        for node, (first, last) in zip(self.nodes, reaches, strict=True):
-            node.first, node.last = first, last
 
     def remaining(self) -> list[int]:
         """For each node, the steps of the longest way from its start to a leaf."""
@@ -124,8 +109,6 @@ def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
         numbers = tuple(t.trial for t in node_trials)
         node = Node(len(nodes), parent, node_trials[0], stage, first, last, numbers, **more)
         nodes.append(node)
-        if parent is not None:
-            nodes[parent].children.append(node.index)
         return node
 
     def grow(parent: int | None, group: Iterable[Trial], depth: int) -> None:
@@ -181,4 +164,8 @@ def _program(study: Study, trials: tuple[Trial, ...]) -> ProgramPlan:
         by_sample.setdefault(trial.sample, []).append(trial)
     for group in by_sample.values():
         grow(None, group, 0)
-    return ProgramPlan(trials[0].point, trials, tuple(nodes))
+    children: dict[int | None, list[int]] = {}
+    for node in nodes:
+        children.setdefault(node.parent, []).append(node.index)
+    whole = (dataclasses.replace(node, children=tuple(children.get(node.index, ()))) for node in nodes)
+    return ProgramPlan(trials[0].point, trials, tuple(whole))

@@ -5,7 +5,7 @@ from typing import Any
 
 from plastic_jax.plan import Node, ProgramPlan
 from plastic_jax.results import Setting
-from plastic_jax.train.program import Records
+from plastic_jax.train.schedule import Records
 from plastic_jax.trial import Study
 
 METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss")
@@ -60,13 +60,13 @@ def rows(study: Study, program: ProgramPlan, records: Records, only: Iterable[in
 def _own(node: Node, record: dict[str, Any], trial: int, eval_every: int) -> bool:
     if record["diverged"] or record["done"] or node.closely or record["epoch"] % eval_every == 0:
         return True
-    return record["epoch"] == node.last and trial in node.ends
+    return record["last"] and trial in node.ends
 
 
 def _row(node: Node, record: dict[str, Any], trial: int) -> dict[str, Any]:
     batch, stage = node.trial.point.batch_size, node.stage
     diverged = record["diverged"]
-    ends = record["done"] or (record["epoch"] == node.last and trial in node.ends)
+    ends = record["done"] or (record["last"] and trial in node.ends)
     measured = {name: record.get(name) for name in (*METRICS, *VALIDATION) if name in record}
     return {
         "stage": stage.name,

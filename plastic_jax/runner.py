@@ -27,7 +27,8 @@ from plastic_jax.config import Sweep, canonical
 from plastic_jax.dry_run import describe, table_of
 from plastic_jax.errors import InputError
 from plastic_jax.loading import Run, load
-from plastic_jax.train.program import ProgramRun, Records
+from plastic_jax.train.program import ProgramRun
+from plastic_jax.train.schedule import Records
 from plastic_jax.train.trial_axis import Formulation
 
 PACKAGES = ("plastic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -285,9 +286,7 @@ class Training:
         host: dict[str, Any] = {"done": [], "program": None}
         if found:
             arrays, host = found
-        for program, (records, reaches) in zip(self.programs, host["done"], strict=False):
-            self.done.append({int(k): v for k, v in records})
-            program.set_reaches(reaches)
+        self.done += [{int(k): v for k, v in records} for records in host["done"]]
         total = sum(p.shared_steps for p in self.programs)
         passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
         bar = tqdm(
@@ -346,8 +345,7 @@ class Training:
 
     def _save(self, checkpoints: Checkpoints, live: ProgramRun | None) -> None:
         arrays, program = live.snapshot() if live else ({}, None)  # waits for the chunk that is being trained
-        done = [(sorted(r.items()), p.reaches()) for p, r in zip(self.programs, self.done, strict=False)]
-        host = {"done": done, "program": program}
+        host = {"done": [sorted(records.items()) for records in self.done], "program": program}
         with self._spending("checkpoints and tables"):
             checkpoints.save(arrays, host)
             self._write_table(live)

@@ -6,7 +6,9 @@ from plastic_jax import kernels, models
 from plastic_jax.config import Config, Sweep
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
+from plastic_jax.plan import ProgramPlan
 from plastic_jax.train.costs import Costs
+from plastic_jax.train.idle import idle_share
 from plastic_jax.train.trial_axis import Formulation
 
 CHANNELS = (128, 64, 256)
@@ -16,6 +18,8 @@ Narrower convolutions are bound by their launch, and grouped ones are slow backw
 w = 8, 16 trials, 0.30 ms a trial-step with 128 channels, 0.36 with 64, 0.43 grouped, 1.66 one by one).
 """
 GROUPS = 4  # K, convolutions one after another in a block
+IDLE = 0.1
+"""The most idle share of slots that a block is taken with, where a narrower one has less."""
 MLP_BLOCK = 256
 CPU_BLOCK = 8
 
@@ -92,3 +96,35 @@ def formulation(form: Form, sweep: Sweep, cost: Costs, *, leaves: int, memory: i
     while blocks > 1 and cost.device_bytes(blocks * block, block, group) > memory:
         blocks -= 1
     return Formulation(form.kernels, block, group, blocks * block * min(devices, leaves))
+
+
+def fitted(
+    form: Form, sweep: Sweep, cost: Costs, program: ProgramPlan, *, memory: int, devices: int
+) -> tuple[Formulation, dict[str, float]]:
+    """That form for a program, in the widest blocks, at most its own, that the plan keeps busy.
+
+    Convolutions alone are narrowed: an MLP's block takes hardly longer than one of its trials.
+
+    Returns:
+      The formulation, whose idle share is below `IDLE`, or the least there is; and the idle share of each form tried.
+    """
+    tried: dict[str, tuple[float, Formulation]] = {}
+    for one in _narrower(form, sweep, cost.convolutional):
+        found = formulation(one, sweep, cost, leaves=program.leaves, memory=memory, devices=devices)
+        share = idle_share(program, found.slots, sweep.eval_every, found.block, found.devices(devices))
+        tried[str(found.form)] = share, found
+        if share < IDLE:
+            break
+    return min(tried.values(), key=lambda pair: pair[0])[1], {name: share for name, (share, _) in tried.items()}
+
+
+def _narrower(form: Form, sweep: Sweep, convolutional: bool) -> list[Form]:
+    """The form, then with narrower blocks: fewer groups, of the most trials from half as many as in its own on."""
+    if form.kernels != "packed" or sweep.block or not convolutional:
+        return [form]
+    groups = [form.group] if sweep.group else range(form.group, (form.group + 1) // 2 - 1, -1)
+    widest: dict[int, int] = {}
+    for group in groups:
+        for block in range(group, form.block, group):
+            widest.setdefault(block, group)
+    return [form, *(Form(form.kernels, block, widest[block]) for block in sorted(widest, reverse=True))]
