@@ -33,6 +33,7 @@ def keep_memory() -> None:
 
 
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_GPU_FLAGS_BELOW = (0, 13)  # the JAX that they were not tried with: a flag that XLA does not know ends the process
 _GPU_FLAGS = {
     "xla_gpu_enable_command_buffer": "+WHILE,+CONDITIONAL,+DYNAMIC_SLICE_FUSION",
     "xla_gpu_graph_min_graph_size": "1",
@@ -81,7 +82,7 @@ def prepare() -> None:
     keep_memory()
     with contextlib.suppress(RuntimeError):  # it runs already
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-        if any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
+        if jax.__version_info__ < _GPU_FLAGS_BELOW and any(map(importlib.util.find_spec, _GPU_PLUGINS)):
             os.environ["XLA_FLAGS"] = gpu_flags(os.environ.get("XLA_FLAGS", ""))
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         prune(cache() / "xla")
