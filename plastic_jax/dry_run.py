@@ -99,6 +99,9 @@ def _program(
     choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
     chosen = formulation(choice.form, sweep, cost, **limits)
     used, needed = _check_memory(point, cost, chosen, memory, devices)
+    if chosen.form != choice.form:
+        narrowed = f"{choice.why.removesuffix('.')}; narrowed to {chosen.form}, for the memory or the plan."
+        choice = dataclasses.replace(choice, why=narrowed)
     return {
         **{name: getattr(point, name) for name in STATIC},
         "trials": len(program.trials),

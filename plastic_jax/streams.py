@@ -17,7 +17,8 @@ ORDER = "order"  # order of stage s, epoch e
 MIXTURE = "mixture"  # draws with replacement of a smooth transition
 INTERVENTION = "intervention"  # fresh draws when a stage starts
 
-Arguments, Drawn = ParamSpec("Arguments"), TypeVar("Drawn")
+Arguments = ParamSpec("Arguments")
+Drawn = TypeVar("Drawn")
 
 
 def pinned(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:

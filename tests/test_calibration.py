@@ -308,11 +308,12 @@ def test_trials_that_are_measured_really_train():
 # What the plan says
 
 
-def described(**given):
-    sweep = Sweep.of({"warm_start_epochs": (0, 1), "seeds": 2, "tuning_epochs": 2, "metric_epochs": 1} | given)
+def described(gib=80.0, **given):
+    """Four trials as long as each other, on an accelerator that is not there."""
+    sweep = Sweep.of({"warm_start_epochs": 0, "seeds": 4, "tuning_epochs": 2, "metric_epochs": 1} | given)
     specs = {"cifar10": spec_of("cifar10")}
     study = trial.study(sweep, specs, {"warm_start_epochs": 0})
-    return dry_run.describe(study, plan.programs(study), specs, 80.0, imagined=True)
+    return dry_run.describe(study, plan.programs(study), specs, gib, imagined=True)
 
 
 def test_the_plan_says_which_form_was_chosen_and_why():
@@ -328,6 +329,15 @@ def test_the_plan_says_which_form_was_chosen_and_why():
     said = dry_run.table_of(json.loads(json.dumps(one)))
     assert said.count("by rule") == 1
     assert said.splitlines()[-1] == "Form: packed(4x1): by rule, for a device that is not there."
+
+
+def test_the_plan_says_that_the_memory_narrowed_the_form():
+    cost = costs.costs(Config(), spec_of("cifar10"))
+    (program,) = described(cost.device_bytes(2, 2) / GIB)["programs"]
+    assert program["formulation"] == {"kernels": "packed", "block": 2, "group": 1, "slots": 2}
+    assert program["calibration"]["why"] == (
+        "packed(4x1): by rule, for a device that is not there; narrowed to packed(2x1), for the memory or the plan."
+    )
 
 
 def test_the_dry_run_says_it_for_each_program_where_they_differ():
