@@ -99,6 +99,9 @@ def _program(
     choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
     chosen, idle = fitted(choice.form, sweep, cost, program, memory=memory, devices=devices)
     used, needed = _check_memory(point, cost, chosen, memory, devices)
+    if chosen.form != choice.form:
+        narrowed = f"{choice.why.removesuffix('.')}; narrowed to {chosen.form}, for the memory or the plan."
+        choice = dataclasses.replace(choice, why=narrowed)
     return {
         **{name: getattr(point, name) for name in STATIC},
         "trials": len(program.trials),
@@ -212,6 +215,11 @@ def table_of(described: Mapping[str, Any]) -> str:
         f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
         f"({d['device_memory']})."
     )
+    whys = [p["calibration"]["why"] for p in programs]
+    alike = len(set(whys)) == 1
+    text += [
+        f"Form{'' if alike else f' of program {k + 1}'}: {why}" for k, why in enumerate(whys[: 1 if alike else None])
+    ]
     if d["stage_sizes"] == "estimate":
         text.append(
             "Stage sizes, and so steps, are estimates for classes of one size: with uniform_fraction below 1 they "

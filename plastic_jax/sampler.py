@@ -86,6 +86,7 @@ def stage_steps(size: int, epochs: int, batch_size: int) -> int:
 
 
 @lru_cache(maxsize=512)
+@streams.pinned
 def _draw(seed: int, name: str, count: int) -> np.ndarray:
     """`count` uniform 32-bit words of a stream, [count] uint32, on the host's own device."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -132,6 +133,7 @@ def train_set(
     return TrainSet(ids, noisy[ids], permutation, drawn[:held], sizes)
 
 
+@streams.pinned
 def epoch_order(
     seed: jax.Array, stream: jax.Array, epoch: jax.Array, permutation: jax.Array, size: jax.Array
 ) -> jax.Array:
@@ -157,6 +159,7 @@ def transition_probability(gamma: jax.Array, step: jax.Array, steps: jax.Array) 
     return jnp.where(gamma > 0, 1 - jnp.power(gamma, 50 * passed), jnp.ones_like(gamma))
 
 
+@streams.pinned
 def mixture(
     seed: jax.Array, stream: jax.Array, step: jax.Array, permutation: jax.Array, prefix: jax.Array,
     probability: jax.Array, batch_size: int,

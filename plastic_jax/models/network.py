@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from plastic_jax import kernels
+from plastic_jax import kernels, streams
 from plastic_jax.kernels import Form
 
 Tree = Any  # nested dicts of arrays, by the names of the network's modules
@@ -169,6 +169,7 @@ def _fan_in(path: tuple[str, ...], leaves: dict[tuple[str, ...], jax.ShapeDtypeS
     return math.prod(shape[1:]) if len(shape) == 4 else shape[0]
 
 
+@streams.pinned
 def _unit_variance(initialisation: str, key: Array, size: int) -> Array:
     """[size] independent float32 values with mean 0 and variance 1."""
     if initialisation == "pytorch":

@@ -17,10 +17,13 @@ CHANNELS = (128, 64, 256)
 Narrower convolutions are bound by their launch, and grouped ones are slow backwards (an H200, 2026-11: ResNet-18 of
 w = 8, 16 trials, 0.30 ms a trial-step with 128 channels, 0.36 with 64, 0.43 grouped, 1.66 one by one).
 """
-GROUPS = 4  # K, convolutions one after another in a block
+WIDE = 64
+"""The width from which on a trial has its convolutions to itself: zeros beside its own would only cost."""
+GROUPS = (4, 1, 8)
+"""Groups in a block, convolutions one after another, the rule's first; one more where fewer slots stay idle."""
 IDLE = 0.1
 """The most idle share of slots that a block is taken with, where a narrower one has less."""
-MLP_BLOCK = 256
+MLP_BLOCKS = (256, 32, 1024)  # at most, the rule's first
 CPU_BLOCK = 8
 
 
@@ -35,11 +38,12 @@ def candidates(sweep: Sweep, point: Config, backend: str, leaves: int, measured:
       sweep: its `kernels`, `block` and `group` are kept to.
       point: the program's static values.
       backend: as `jax.default_backend()`.
-      leaves: trials that can be side by side on a device.
+      leaves: trials that can be side by side on a device; `trials_per_device` limits them further.
       measured: whether the choice may be measured.
 
     Raises:
-      InputError: for a form that the backend or the model lacks, or a block that its group does not divide.
+      InputError: for a form that the backend or the model lacks, a block that its group does not divide, or one that is
+        wider than `trials_per_device`.
     """
     model, cpu = models.MODELS[point.model], backend == "cpu"
     if sweep.group > 1 and not model.convolutional:
@@ -47,52 +51,74 @@ def candidates(sweep: Sweep, point: Config, backend: str, leaves: int, measured:
             f"--config.group={sweep.group} is not allowed with model={point.model}: it has no convolutions whose "
             "channels trials could share; 0 or 1 here."
         )
+    if 0 < sweep.trials_per_device < sweep.block:
+        raise InputError(
+            f"--config.block={sweep.block} is not allowed with trials_per_device={sweep.trials_per_device}: a device "
+            "computes whole blocks, so that at most as many can be together."
+        )
     wanted = sweep.kernels
     if wanted == "auto" and max(sweep.block, sweep.group) > 1:
         wanted = "packed"
     if wanted not in ("auto", "packed"):
         kernels.require(wanted, backend)
         return (Form(wanted, max(sweep.block, 1), max(sweep.group, 1)),)
-    packed = [_packed(sweep, *sizes, leaves) for sizes in _sizes(point, model.convolutional, cpu, leaves)]
+    each = min(leaves, sweep.trials_per_device or leaves)
+    if model.convolutional:
+        packed = _convolutional(sweep, point.width, each)
+    else:
+        packed = [_even(sweep, each, most, 1) for most in ((CPU_BLOCK,) if cpu else MLP_BLOCKS)]
     if wanted == "packed":
         return tuple(dict.fromkeys(packed))
+    together = [form for form in packed if form.block > 1]  # one of a single trial is as good as mapped
     if not cpu:
-        return tuple(dict.fromkeys([*packed, Form("mapped")]))
+        return tuple(dict.fromkeys([packed[0], *together, Form("mapped")]))
     if model.convolutional:
         return tuple(Form(name) for name in ("native", "products") if kernels.available(name, backend))
-    fits = [form for form in packed if form.block <= leaves]
-    return (Form("mapped"), *fits, *[Form("native")] * (measured and kernels.available("native", backend)))
+    return (Form("mapped"), *together, *[Form("native")] * (measured and kernels.available("native", backend)))
 
 
-def _sizes(point: Config, convolutional: bool, cpu: bool, leaves: int) -> list[tuple[int, int]]:
-    """Groups of trials in a block, and trials in a group, the rule's first."""
-    if not convolutional:
-        return [(CPU_BLOCK, 1)] if cpu else [(block, 1) for block in (MLP_BLOCK, 32, 1024)]
+def _convolutional(sweep: Sweep, width: int, leaves: int) -> list[Form]:
+    """Blocks of a convolutional net: the rule's group in blocks of several sizes, then the other groups."""
     found = []
     for channels in CHANNELS:
-        group = max(1, min(channels // point.width if point.width < channels / 2 else 1, leaves))
-        found += [(k, group) for k in (GROUPS, 1, 2 * GROUPS)]
-    return sorted(dict.fromkeys(found), key=lambda size: (size[1] != found[0][1], size[0] != GROUPS))
+        group = max(1, channels // width) if width < WIDE else 1
+        if sweep.group or sweep.block:  # what is set is kept to; a group that is not divides the block
+            group = sweep.group or max(g for g in range(1, group + 1) if sweep.block % g == 0)
+        else:
+            group = min(group, leaves)
+        for groups in GROUPS if channels == CHANNELS[0] else GROUPS[:1]:
+            sizes = [_even(sweep, leaves, k * group, group) for k in ((groups, groups + 1) if groups > 1 else (1,))]
+            found.append(min(sizes, key=lambda form: math.ceil(leaves / form.block) * form.block))
+    return found
 
 
-def _packed(sweep: Sweep, groups: int, group: int, leaves: int) -> Form:
-    """Blocks of about so many groups, evened out so that the last block is as full as the others."""
-    group = sweep.group or (math.gcd(sweep.block, group) if sweep.block else group)
+def _even(sweep: Sweep, leaves: int, most: int, group: int) -> Form:
+    """A block of at most so many trials, evened out so that the last block is as full as the others."""
     if sweep.block:
         return Form("packed", sweep.block, group)
-    blocks = math.ceil(leaves / (groups * group))
-    return Form("packed", math.ceil(leaves / (blocks * group)) * group, group)
+    groups = math.ceil(math.ceil(leaves / math.ceil(leaves / most)) / group)
+    if not sweep.group:
+        group = math.ceil(leaves / math.ceil(leaves / most) / groups)
+    return Form("packed", groups * group, group)
 
 
 def formulation(form: Form, sweep: Sweep, cost: Costs, *, leaves: int, memory: int, devices: int) -> Formulation:
-    """That form for a program of `leaves` parallel trials on `devices` with `memory` bytes each."""
+    """That form for a program of `leaves` parallel trials on `devices` with `memory` bytes each.
+
+    What the memory cannot hold becomes smaller, but for a block or a group that the user has set.
+    """
     block, group = form.block, form.group
-    while block > group and not sweep.block and cost.device_bytes(block, block, group) > memory:
-        block -= group
+    while block > 1 and not sweep.block and cost.device_bytes(block, block, group) > memory:
+        if block > group:
+            block -= group
+        elif sweep.group:
+            break
+        else:
+            block = group = group // 2
+    each = -(-leaves // devices)
     # Mapped trials gain nothing from company but fewer looks of the host; short chunks want more of them.
-    usual = 16 if cost.convolutional is False else 4
-    each = sweep.trials_per_device or (-(-leaves // devices) if form.kernels == "packed" else usual)
-    blocks = -(-min(each, -(-leaves // devices)) // block)
+    usual = each if form.kernels == "packed" else 4 if cost.convolutional else 16
+    blocks = -(-min(each, sweep.trials_per_device or usual) // block)
     while blocks > 1 and cost.device_bytes(blocks * block, block, group) > memory:
         blocks -= 1
     return Formulation(form.kernels, block, group, blocks * block * min(devices, leaves))

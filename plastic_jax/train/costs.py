@@ -10,6 +10,8 @@ values, XLA computes still more of them anew (up to 5 % of a step), which is not
 Bytes are estimates, but for state and data: the compiler decides what to keep.
 """
 
+import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -167,8 +169,10 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def parameters_count(point: Config, spec: DatasetSpec) -> int:
     """Number of parameters: 11 173 962 for a ResNet of width 64, depth 2, BatchNorm, 10 classes and 3 channels."""
+    point = dataclasses.replace(point, compute_dtype="float32")  # counts the same, also where JAX has no float64
     network = models.network(point, spec.shape, spec.classes, Form("mapped"))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.shapes()["params"]))
 
@@ -220,15 +224,15 @@ def _mlp(point: Config, spec: DatasetSpec) -> _Tally:
     net, inputs = _Tally(point.norm, False), math.prod(spec.shape)
     net.elementwise = net.evaluation = _NORMALISE * inputs
     bias = int(point.norm != "none")  # beside the norm's own
-    for layer in range(point.depth):
+    for _ in range(point.depth):
         net.linear(inputs, point.width)
         # The bias is added anew in four passes of the norm, and its gradient summed.
         net.normalised(point.width, point.width, _TRAIN[point.norm] + 5 * bias)
         net.activated(point.width, _APPLY[point.norm] + bias, consumers=1)
         net.evaluation += (2 if point.norm == "layer" else 0) * point.width
-        net.alive = max(net.alive, (inputs if layer else 0) + point.width)  # the images are counted apart
         inputs = point.width
     net.linear(inputs, spec.classes)
+    net.alive = 2 * point.width  # a layer's output and its activation; the images are counted apart
     return net
 
 
