@@ -5,7 +5,7 @@
     python -m experiments.throughput --compile_for=h100                             # a GPU's launches, without a GPU
     python -m experiments.throughput --torch_python=OTHER_ENVIRONMENT/bin/python    # PyTorch from elsewhere
 
-Images a second over all trials, for our core in each formulation, for the obvious JAX program, for one trial at a time
+Images a second over all trials, for our core in each form, for the obvious JAX program, for one trial at a time
 in JAX, and for PyTorch's ways (extra `torch`; its rows are left out where it is missing), all of a table's rows in one
 dtype; on a GPU there is a table for float32 and one for bfloat16. --config.minutes bounds the whole, but for a program
 that is being compiled. Written to --workdir (default runs/throughput): throughput.json, throughput.md, throughput.png.
@@ -44,16 +44,15 @@ def main() -> None:
     def go(_: Any) -> None:
         logging.set_verbosity(logging.ERROR)
         from experiments import warm_start
-        from plastic_jax import backend, benchmark_run, dry_run
+        from plastic_jax import backend, benchmark_run
 
         backend.prepare()  # before anything asks JAX for its devices
         try:
             if flags.FLAGS.compile_for:
                 benchmark_run.absent(flags.FLAGS.config.to_dict(), flags.FLAGS.compile_for)
                 return
-            flops = dry_run.flops(warm_start.PAPER, warm_start.EXPERIMENT.fresh)
-            config = flags.FLAGS.config.to_dict()
-            benchmark_run.run(config, flags.FLAGS.workdir, flags.FLAGS.torch_python, flops)
+            config, paper, fresh = flags.FLAGS.config.to_dict(), warm_start.PAPER, warm_start.EXPERIMENT.fresh
+            benchmark_run.run(config, flags.FLAGS.workdir, flags.FLAGS.torch_python, paper, fresh)
         except InputError as error:
             refuse(error)
 

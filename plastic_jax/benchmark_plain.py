@@ -26,7 +26,8 @@ class Plain(nn.Module):
             if self.point.norm == "none":
                 return x
             if self.point.norm == "layer":
-                return nn.GroupNorm(1, dtype=dtype)(x) if x.ndim == 4 else nn.LayerNorm(dtype=dtype)(x)
+                layer = nn.GroupNorm(1, epsilon=1e-5, dtype=dtype) if x.ndim == 4 else nn.LayerNorm(1e-5, dtype=dtype)
+                return layer(x)
             return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
 
         def conv(x: jax.Array, features: int, taps: int = 3, stride: int = 1) -> jax.Array:

@@ -116,20 +116,38 @@ class Launch:
 
 
 def launches(text: str) -> list[Launch]:
-    """Those of an optimised program's entry, from its text."""
+    """Those of an optimised program's entry, from its text; an operand that is read in part counts whole."""
     types, found = {}, []
+    convolving = _convolving(text)
     for line in text[text.rindex("ENTRY") :].splitlines():
         parts = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)", line)
         if not parts:
             continue
         name, made, operation, operands, rest = parts.groups()
         types[name] = made
-        if operation in _FREE:
+        if operation in _FREE or 'custom_call_target="ConcatBitcast"' in rest:
             continue
-        read = (types.get(operand.strip().split(" ")[-1].lstrip("%"), "") for operand in operands.split(","))
+        read = sum(_size(types[operand]) for operand in re.findall(r"%?([\w.\-]+)(?:,|$)", operands))
         source = re.search(r'op_name="([^"]*)"', rest)
-        moved = _size(made, skip="u8" if operation == "custom-call" else "") + sum(map(_size, read))
-        found.append(Launch(_kind(name, operation, rest), moved, made, source[1] if source else ""))
+        moved = _size(made, skip="u8" if operation == "custom-call" else "") + read
+        if operation.endswith("-start"):
+            moved = 2 * (_size(made) - read)  # its results are the operand, the copy and a few bytes
+        called = re.search(r"calls=%?([\w.\-]+)", rest)
+        kind = "convolution" if called and called[1] in convolving else _kind(name, operation, rest)
+        found.append(Launch(kind, moved, made, source[1] if source else ""))
+    return found
+
+
+def _convolving(text: str) -> set[str]:
+    """Names of the computations that hold a convolution: a TPU's fusions do, and so do its products."""
+    found, name = set(), ""
+    for line in text.splitlines():
+        head = re.match(r"%?([\w.\-]+) .*\{$", line)
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        if head:
+            name = head[1]
+        elif " convolution(" in line or (called and called[1] in found):  # what is called stands above
+            found.add(name)
     return found
 
 
@@ -138,7 +156,9 @@ def _kind(name: str, operation: str, rest: str) -> str:
         return "convolution" if "conv" in name + rest else "product"
     if "gemm" in name or operation == "dot":
         return "product"
-    if operation in ("copy", "transpose", "copy-start", "slice-start") or "transpose" in name:
+    if operation.endswith("-start"):
+        return "between memories"  # a TPU's: in or out of its fast memory, beside what it computes
+    if operation in ("copy", "transpose", "reshape") or re.match("(input_|loop_|wrapped_)?(copy|transpose)", name):
         return "copy or transpose"
     return "reduction" if "reduce" in name else "elementwise"
 

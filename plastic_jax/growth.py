@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plastic_jax.benchmark import SPECS, short, title
+from plastic_jax.benchmark_rows import SPECS, short, title
 from plastic_jax.config import Config
 from plastic_jax.kernels import Form
 from plastic_jax.train import calibration

@@ -1,32 +1,35 @@
-"""Formulations chosen by measuring, and the benchmark: its rows, its worker, its command."""
+"""The throughput benchmark: its rows, PyTorch's worker, its command."""
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import optax
 import pytest
 
 from experiments import warm_start
-from plastic_jax import backend, benchmark, benchmark_report, dry_run, growth, torch_ways
-from plastic_jax.config import Config, Sweep
+from plastic_jax import benchmark, benchmark_report, benchmark_rows, dry_run, growth, models, torch_ways
+from plastic_jax.benchmark_plain import Plain
+from plastic_jax.config import Config
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
+from plastic_jax.kernels import Form
 from plastic_jax.torch_worker import Work
 from plastic_jax.train import calibration, costs
-from plastic_jax.train.trial_axis import BLOCKS, Candidate, Formulation, candidates, formulation
+from plastic_jax.train.trial_axis import Formulation
 
 SMALL = Config(model="mlp", width=8, depth=1, norm="none", batch_size=8)
 SPEC = DatasetSpec("noise", 50, 30, (4, 4, 1), 5)
-AUTO = Sweep.of({"model": "mlp"})
-MUCH = 1e30  # FLOPs
+MAPPED = Form("mapped")
 
 
 @pytest.fixture(autouse=True)
@@ -35,62 +38,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "SECONDS", 0.01)
 
 
-def test_a_short_run_takes_the_rules_formulation_unmeasured():
-    choice = calibration.choose(AUTO, SMALL, SPEC, 1.0, "cpu", leaves=9, measure=True)
-    assert (choice.source, choice.milliseconds) == ("rule", {}) and str(choice.candidate) == "map/plain"
-    assert choice.candidate == candidates(AUTO, "mlp", "cpu")[0]
-    assert not backend.cache().exists()
-
-
-def test_a_long_run_measures_once_and_remembers():
-    first = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=True)
-    assert first.source == "measured"
-    assert set(first.milliseconds) == {str(c) for c in candidates(AUTO, "mlp", "cpu", measured=True)}
-    assert all(0 < value < 1e3 for value in first.milliseconds.values())
-    again = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=False)
-    assert again == dataclasses.replace(first, source="remembered")
-    other = calibration.choose(AUTO, dataclasses.replace(SMALL, width=9), SPEC, MUCH, "cpu", leaves=9, measure=False)
-    assert (other.source, other.candidate) == ("to be measured", candidates(AUTO, "mlp", "cpu")[0])
-
-
-@pytest.mark.parametrize("damage", ["", "{", '{"milliseconds": {}}', '{"milliseconds": {"map/plain": -1}}', "[1]"])
-def test_a_damaged_memory_is_measured_anew(damage):
-    calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=True)
-    (file,) = (backend.cache() / "calibration").iterdir()
-    file.write_text(damage)
-    assert calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=True).source == "measured"
-    assert json.loads(file.read_text())["milliseconds"]
-
-
-def test_the_fastest_is_taken_only_where_it_is_clearly_faster():
-    rule, other = candidates(AUTO, "mlp", "cpu")
-    for factor, taken in ((0.96, rule), (0.9, other), (1.5, rule)):
-        assert calibration.best((rule, other), {str(rule): 1.0, str(other): factor}) == taken
-
-
-def test_what_the_user_sets_is_kept_to():
-    for axis in BLOCKS:
-        sweep = Sweep.of({"model": "resnet", "trial_axis": axis, "convolution": "plain"})
-        choice = calibration.choose(sweep, Config(width=2), SPEC, MUCH, "cpu", leaves=9, measure=True)
-        assert (choice.candidate.trial_axis, choice.candidate.convolution) == (axis, "plain")
-        assert choice.source == "set"
-
-
-def test_candidates_of_every_backend_are_formulations():
-    for kind in ("cpu", "gpu", "tpu"):
-        for model in ("mlp", "resnet"):
-            found = candidates(Sweep.of({"model": model}), model, kind, measured=True)
-            assert len(set(map(str, found))) == len(found) > 1
-            for c in found:
-                form = formulation(c, AUTO, model, costs.costs(SMALL, SPEC), leaves=100, memory=2**34, devices=2)
-                assert form.slots % (form.block * form.devices(2)) == 0
-                assert form.block == c.block
-
-
 def test_the_benchmark_trains_what_it_times():
     """The rows' trials really move on: steps are counted by the core itself."""
     dataset = calibration.synthetic(SPEC, 40)
-    run = calibration.trainer(SMALL, dataset, Formulation("map", "plain", 4), jax.local_devices()[:2])
+    run = calibration.trainer(SMALL, dataset, Formulation("mapped", slots=4), jax.local_devices()[:2])
     counted = 0
     for epochs in (1, 1, 1, 4, 3):  # from epoch 3 to the multiple of 4, then to that of 3
         seconds, steps = calibration.train(run, epochs)
@@ -102,19 +53,73 @@ def test_the_benchmark_trains_what_it_times():
     assert run.chunk_bytes() > 4 * costs.costs(SMALL, dataset.spec).state_bytes / 2
 
 
+def in_flax(params, stats):
+    """Our weights and statistics by the names that Flax gives the plain twin's layers: numbered as they are called."""
+    found = {"params": {}, "batch_stats": {}}
+
+    def copy(layer, names, norm):
+        kernel = layer["kernel"].transpose(1, 2, 3, 0) if layer["kernel"].ndim == 4 else layer["kernel"]
+        found["params"][names] = {**layer, "kernel": kernel}
+        kind = "BatchNorm" if stats else "GroupNorm" if layer["kernel"].ndim == 4 else "LayerNorm"
+        if norm and norm[0]:
+            found["params"][f"{kind}_{names.split('_')[1]}"] = norm[0]
+            found["batch_stats"][f"{kind}_{names.split('_')[1]}"] = norm[1]
+
+    def both(module, name, own):
+        return module.get(name), own.get(name)
+
+    *hidden, head = sorted(params)
+    convolutions = 0
+    for name in hidden:
+        module, own = params[name], stats.get(name, {})
+        if "linear" in module:
+            copy(module["linear"], f"Dense_{int(name[-1]) - 1}", both(module, "norm", own))
+            continue
+        for block in [None] if "conv" in module else sorted(module):
+            layers, statistics = (module, own) if block is None else (module[block], own.get(block, {}))
+            for suffix in ("", "_1", "_2", "_shortcut"):
+                if f"conv{suffix}" in layers:
+                    copy(layers[f"conv{suffix}"], f"Conv_{convolutions}", both(layers, f"norm{suffix}", statistics))
+                    convolutions += 1
+    copy(params[head], f"Dense_{0 if convolutions else len(hidden)}", None)
+    return found
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_the_plain_twin_is_the_cores_network(model, norm):
+    point = Config(model=model, width=4, depth=2, norm=norm)
+    ours = models.network(point, (8, 8, 3), 5, MAPPED)
+    draw = np.random.default_rng(3)
+    images, labels = draw.integers(0, 256, (6, 8, 8, 3), np.uint8), draw.integers(0, 5, 6).astype(np.int32)
+    params, stats = jax.jit(ours.init)(jax.random.key(0))
+    stepped = jax.jit(ours.gradients)(params, stats, images, labels)  # statistics that are not those of the start
+    twin, normalised = Plain(point, 5), (images.astype(np.float32) / 255 - 0.5) / 0.5
+    drawn = jax.eval_shape(lambda: twin.init(jax.random.key(1), normalised, train=False))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(a.size for a in jax.tree.leaves(drawn["params"]))
+    copied = in_flax(params, stepped.batch_stats)
+    assert jax.tree.map(np.shape, copied["params"]) == jax.tree.map(lambda leaf: leaf.shape, drawn["params"])
+    logits = jax.jit(lambda: twin.apply(copied, normalised, train=False))()
+    expected = jax.jit(ours.logits)(params, stepped.batch_stats, images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    trained, _ = jax.jit(lambda: twin.apply(copied, normalised, train=True, mutable=["batch_stats"]))()
+    loss = optax.softmax_cross_entropy_with_integer_labels(trained, labels).mean()
+    assert loss == pytest.approx(float(stepped.loss), rel=1e-5)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
-    monkeypatch.setattr(benchmark, "SECONDS", 0.01)
+    monkeypatch.setattr(benchmark_rows, "SECONDS", 0.01)
     monkeypatch.setattr(benchmark, "yardsticks", lambda *_: {"matmul_flops": lambda: 1e11, "copy_bytes": lambda: 1e10})
 
 
 def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "measure_all", lambda *_: {"map/plain": 1.0})
-    found = benchmark.compare(SMALL, (4,), None, 3.0, lambda _: None)
+    monkeypatch.setattr(calibration, "measure_all", lambda *_: {"mapped": 1.0})
+    found = {**benchmark.compare(SMALL, (4,), None, 3.0, lambda _: None), "figure_2_idle_share": None}
     rows = {row["row"]: row for row in found["rows"]}
     assert found["left_out"] == ["PyTorch's rows (there is no PyTorch)"]
-    assert {benchmark.ONE, benchmark.OBVIOUS, "ours, map/plain, one trial a device"} < set(rows)
+    assert {benchmark_rows.ONE, benchmark_rows.OBVIOUS, "ours, mapped, one trial a device"} < set(rows)
     for row in rows.values():
         assert row["spread_ms"][0] <= row["ms_per_trial_step"] <= row["spread_ms"][1]
         assert row["images_per_second"] == pytest.approx(8e3 / row["ms_per_trial_step"])
@@ -123,13 +128,16 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
         )
         assert row["over_best_pytorch"] is None
         assert row["program_bytes"] > 1e5 and row["process_bytes"] is None  # the data alone are more
-    assert rows["ours, map/plain, one trial a device"]["trials"] == jax.local_device_count()
-    assert rows[benchmark.ONE]["over_one_at_a_time"] == 1
+    assert rows["ours, mapped, one trial a device"]["trials"] == jax.local_device_count()
+    assert rows[benchmark_rows.ONE]["over_one_at_a_time"] == 1
     assert found["compiled_flops_over_closed_form"] == pytest.approx(1, abs=0.02)
     text = benchmark_report.markdown(found)
     assert all(name in text for name in rows) and "Not all of PyTorch's" not in text
     lacking = {**found, "left_out": ["pytorch compiled, all cores (no time)"]}
     assert "Not all of PyTorch's ways were measured" in benchmark_report.markdown(lacking)
+    assert "stand idle" not in text
+    assert "4.5 % of the slots" in benchmark_report.markdown({**found, "figure_2_idle_share": 0.045})
+    assert all(f"| {row['first_step_seconds']:.1f} s |" in text for row in rows.values())
     assert "(within 2 %)" in text and "all rows compute in float32" in text
     curves = {"seconds_of_trials": [(2, 1.0), (4, 2.0)]}
     grown = {"curves": curves, "exponents": {"seconds_of_trials": 1.0}, "left_out": ["x from 8 on"], "title": "net"}
@@ -141,13 +149,52 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
     assert (tmp_path / "throughput.png").stat().st_size > 100
 
 
+def test_rows_that_compile_side_by_side_give_what_they_give_one_by_one(quick, monkeypatch):
+    monkeypatch.setattr(benchmark_rows, "SECONDS", 0.0)  # one epoch a sample
+    monkeypatch.setattr(benchmark, "evaluation_share", lambda *_: None)
+    monkeypatch.setattr(benchmark, "flops_check", lambda _: None)
+    monkeypatch.setattr(calibration, "measure_all", lambda *_: {"mapped": 1.0})
+    devices = jax.local_devices()[:2]
+
+    def rows_of(*_):
+        forms = ((MAPPED, devices), (MAPPED, devices[:1]), (Form("packed", 2), devices[:1]))
+        ours = [benchmark_rows.core_row(f"{form}, {len(on)}", SMALL, form, 2, on) for form, on in forms]
+        return [*ours, benchmark_rows.one_row(SMALL)]
+
+    monkeypatch.setattr(benchmark, "rows_of", rows_of)
+    trainer, started, most = calibration.trainer, {}, []
+
+    def watched(point, dataset, form, devices):
+        run = started[form, len(devices)] = trainer(point, dataset, form, devices)
+        return run
+
+    def begin(row, seconds):
+        most.append(sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()))
+        real(row, seconds)
+
+    real = benchmark_rows.Row.begin
+    monkeypatch.setattr(calibration, "trainer", watched)
+    monkeypatch.setattr(benchmark_rows.Row, "begin", begin)
+    seen = []
+    for together in (1, 4):
+        monkeypatch.setitem(benchmark.COMPILING, "cpu", together)
+        found = benchmark.compare(SMALL, (2,), None, 10.0, lambda _: None)
+        rows = {row["row"]: (row["trials"], row["program_bytes"], row["samples"]) for row in found["rows"]}
+        seen.append((rows, found["left_out"], {key: run.records for key, run in started.items()}, max(most)))
+        started, most = {}, []
+    (rows, left_out, records, alone), (rows_4, left_out_4, records_4, together) = seen
+    assert (alone, together) == (1, 4)
+    assert rows == rows_4 and len(rows) == 4 and left_out == left_out_4 == ["PyTorch's rows (there is no PyTorch)"]
+    assert records == records_4 and all(records.values())  # losses and accuracies, to the bit
+
+
 def test_every_row_compiles_anew(quick):
     """The choice has been compiled while it was measured; the row's time to compile must not be that of a look-up."""
     heard = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **more: heard.append((event.rpartition("/")[2], more.get("fun_name")))
     )
-    row = benchmark.core_row("ours", SMALL, Candidate("map", "plain", 1), 2, jax.local_devices()[:2])
+    row = benchmark_rows.core_row("ours", SMALL, MAPPED, 2, jax.local_devices()[:2])
     for _ in range(2):
         heard.clear()
         row.begin(60.0)
@@ -162,8 +209,9 @@ def test_a_slow_row_takes_one_step_after_its_warm_up():
         taken.append(n)
         return 100.0, 4 * n
 
-    row = benchmark.Row("slow", 4, lambda _: benchmark.Live(train))
+    row = benchmark_rows.Row("slow", 4, lambda _: benchmark_rows.Live(train))
     row.begin(60.0)
+    row.measure()
     row.sample()
     assert taken == [1] and row.samples == [25.0]
     assert row.note == "slow: 1 step(s) after warm-up, one sample"
@@ -172,12 +220,12 @@ def test_a_slow_row_takes_one_step_after_its_warm_up():
 def test_a_table_compares_one_dtype():
     assert {p.compute_dtype for p in benchmark.networks({}, gpu=False)} == {"float32"}
     both = benchmark.networks({"model": "resnet"}, gpu=True)
-    assert len(both) == 2 * 4 and len({benchmark.title(p) for p in both}) == 8
+    assert len(both) == 2 * 4 and len({benchmark_rows.title(p) for p in both}) == 8
     for point in both:
-        ways = torch_ways.ways(benchmark.torch_work(point, cpu=False), 1)
+        ways = torch_ways.ways(benchmark_rows.torch_work(point, cpu=False), 1)
         assert {made.dtype for made, _ in ways.values()} == {point.compute_dtype}
     (given,) = benchmark.networks({"model": "resnet", "width": 8, "batch_size": 8, "compute_dtype": "bfloat16"}, False)
-    assert benchmark.torch_work(given, cpu=True).dtype == "bfloat16"
+    assert benchmark_rows.torch_work(given, cpu=True).dtype == "bfloat16"
     with pytest.raises(InputError, match="float64"):
         benchmark.networks({"compute_dtype": "float64"}, gpu=False)
 
@@ -195,7 +243,7 @@ def test_the_rate_of_memory_is_measured_in_memory_that_is_there():
 @pytest.mark.parametrize(("setting", "on"), [(None, True), ("tensorfloat32", True), ("highest", False)])
 def test_tf32_is_set_alike_on_both_sides(setting, on):
     with jax.default_matmul_precision(setting):
-        assert benchmark.torch_work(SMALL, cpu=False).tf32 == benchmark.tf32() == on
+        assert benchmark_rows.torch_work(SMALL, cpu=False).tf32 == benchmark_rows.tf32() == on
 
 
 def test_hours_are_the_plans_flops_over_the_measured_rate():
@@ -221,29 +269,30 @@ def test_rows_that_fail_or_find_no_time_are_named(quick, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     rows = [
-        benchmark.one_row(SMALL),
-        benchmark.Row("broken", 1, broken),
-        benchmark.Row("fails later", 1, lambda _: benchmark.Live(broken)),
+        benchmark_rows.one_row(SMALL),
+        benchmark_rows.Row("broken", 1, broken),
+        benchmark_rows.Row("fails later", 1, lambda _: benchmark_rows.Live(broken)),
     ]
     monkeypatch.setattr(benchmark, "rows_of", lambda *_: rows)
     monkeypatch.setattr(benchmark, "evaluation_share", lambda *_: 1.0)
     found = benchmark.compare(SMALL, (1,), "python", 3.0, lambda _: None)
     assert found["left_out"] == ["broken (out of memory)", "fails later (out of memory)"]
     found = benchmark.compare(SMALL, (1,), "python", 0.0, lambda _: None)
-    assert [row["row"] for row in found["rows"]] == [benchmark.ONE]  # the first one counts at any price
+    assert [row["row"] for row in found["rows"]] == [benchmark_rows.ONE]  # the first one counts at any price
     assert found["left_out"] == ["broken (no time)", "fails later (no time)"]
 
 
 @pytest.fixture
 def small_growth(monkeypatch):
-    values = {"BLOCKS": (1, 2), "EPOCHS": (1, 2), "BATCHES": (1, 2), "DEPTHS": (1, 2), "REPEATS": 1}
+    # From two blocks a device on, since a loop over one needs no copies.
+    values = {"BLOCKS": (2, 4), "EPOCHS": (1, 2), "BATCHES": (1, 2), "DEPTHS": (1, 2), "REPEATS": 1}
     for name, value in values.items():
         monkeypatch.setattr(growth, name, value)
     monkeypatch.setattr(growth, "short", lambda *_: 2)
 
 
 def test_growth_measures_every_curve(small_growth):
-    found = growth.growth(SMALL, Candidate("map", "plain", 1), jax.local_devices()[:2])
+    found = growth.growth(SMALL, MAPPED, jax.local_devices()[:2])
     assert len(found["curves"]) == 6 and found["left_out"] == []
     assert all(len(points) == 2 and all(y > 0 for _, y in points) for points in found["curves"].values())
     assert set(found["exponents"]) == set(found["curves"])
@@ -252,7 +301,7 @@ def test_growth_measures_every_curve(small_growth):
 
 
 def test_growth_ends_in_time_and_names_what_it_left_out(small_growth):
-    found = growth.growth(SMALL, Candidate("map", "plain", 1), jax.local_devices()[:2], seconds=-1)
+    found = growth.growth(SMALL, MAPPED, jax.local_devices()[:2], seconds=-1)
     assert found["curves"] == found["exponents"] == {}
     assert "seconds_of_steps from 2 on" in found["left_out"] and len(found["left_out"]) == 5
     assert "seconds_of_steps from 2 on" in benchmark_report.growth_text(found)
@@ -277,7 +326,7 @@ def command(*arguments):
         ("--config.minutes=-1.", "minutes"),
         ("--config.model=vit", "model"),
         ("--config.width=-3", "width"),
-        ("--config.convolution=fast", "convolution"),
+        ("--config.kernels=fast", "kernels"),
         ("--config.compute_dtype=float64", "float64"),
         ("--wokdir=x", "wokdir"),
     ],
@@ -307,17 +356,21 @@ def test_pytorchs_ways_differ_in_what_they_say():
     found = torch_ways.ways(work, 2)
     assert len(found) == 4
     assert sum(processes * made.threads for made, processes in found.values()) == 8  # each takes both cores
-    assert len(torch_ways.ways(dataclasses.replace(work, device="cuda"), 1)) == 2
+    on_gpu = torch_ways.ways(dataclasses.replace(work, device="cuda"), 1)
+    assert {(made.compiled, made.mode) for made, _ in on_gpu.values()} == {
+        (False, "default"), (True, "reduce-overhead"), (True, "max-autotune"),
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the extra torch is not installed")
 @pytest.mark.parametrize("model", ["mlp", "resnet"])
 def test_pytorchs_worker_trains_the_cores_network(model):
-    from plastic_jax import models, torch_worker
+    from plastic_jax import torch_worker
 
     work = Work(model, 4, 2, "batch", 8, "adam", (8, 8, 3), 5)
     parameters = sum(p.numel() for p in torch_worker.network(work).parameters())
-    assert parameters == models.parameters_count(model, width=4, depth=2, norm="batch", classes=5, shape_HWC=(8, 8, 3))
+    point = Config(model=model, width=4, depth=2, norm="batch")
+    assert parameters == costs.costs(point, DatasetSpec("noise", 50, 30, (8, 8, 3), 5)).parameters
     way = torch_ways.Way(sys.executable, work, 2, 120.0)
     try:
         seconds, steps = way.train(3)
