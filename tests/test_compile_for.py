@@ -145,8 +145,8 @@ def compiled(platform, width, block, group):
 
 
 def images(launches):
-    """Those that copy or transpose images or what layers make of them, [..., B, H, W, C] or [..., B, H, W, G, C]."""
-    shape = re.compile(r"\d,(32,32|16,16|8,8|4,4),(\d+,)?\d+\]")
+    """Those that copy or transpose images or what layers make of them: [..., B, H, W, C], and K and G before C."""
+    shape = re.compile(r"\d,(32,32|16,16|8,8|4,4),(\d+,){0,2}\d+\]")
     return [one for one in launches if one.kind == "copy or transpose" and shape.search(one.made)]
 
 
