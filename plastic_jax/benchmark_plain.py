@@ -31,7 +31,7 @@ class Plain(nn.Module):
             return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
 
         def conv(x: jax.Array, features: int, taps: int = 3, stride: int = 1) -> jax.Array:
-            pad = ((taps - 1) // 2,) * 2
+            pad = ((taps - 1) // 2, (taps - 1) // 2)
             bias = self.point.norm == "none"
             return norm(nn.Conv(features, (taps, taps), stride, (pad, pad), use_bias=bias, dtype=dtype)(x))
 

@@ -63,12 +63,15 @@ def lowered_step(point: Config, spec: DatasetSpec, form: Form, sharding: Any = N
     whole = dict.fromkeys(("stream", "size", "steps", "schedule", "prefix"), jnp.int32)
     scalars = {name: of_trials(dtype=kind) for name, kind in (kinds | whole).items()}
     stage = Stage(**scalars, redrawn=of_trials(1, dtype=bool))
-    sample = Sample(*(of_trials(examples) for _ in range(3)), of_trials(0))
+    each = of_trials(examples)
+    sample = Sample(each, each, each, of_trials(0))
     sums = Sums(of_trials(dtype=real), of_trials(), of_trials())
     images, labels = leaf(examples, *spec.shape, dtype=jnp.uint8), leaf(examples)
 
     def step(state: Any, sums: Any, stage: Any, sample: Any, local: Any, data: Any) -> Any:
-        trial = lambda *own: one.step(*own, data)  # noqa: E731
+        def trial(state: Any, sums: Any, stage: Any, sample: Any, local: Any) -> Any:
+            return one.step(state, sums, stage, sample, local, data)
+
         return (trial if single else jax.vmap(trial))(state, sums, stage, sample, local)
 
     data = Data(images, labels, images, labels)
