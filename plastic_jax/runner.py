@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ class Training:
         of: experiment.Experiment,
         study: trial.Study,
         programs: tuple[plan.ProgramPlan, ...],
-        formulations: list[Formulation | None],
+        formulations: Sequence[Formulation | None],
         sets: dict[str, data.Dataset],
         path: Path,
         options: Options,
@@ -304,14 +304,16 @@ class Training:
             self.say(f"Going on from the checkpoint in {checkpoints.directory}.")
         with bar:
             for number in range(len(self.done), len(self.programs)):
-                program = self.programs[number]
+                program, formulation = self.programs[number], self.formulations[number]
+                assert formulation is not None
                 live = ProgramRun(
                     program,
                     self.sets[program.point.dataset],
-                    self.formulations[number],
+                    formulation,
                     jax.local_devices(),
                     self.study.sweep.eval_every,
                     self.study.sweep.keep,
+                    self.say,
                 )
                 if host["program"] is not None:
                     live.resume(arrays, host["program"])

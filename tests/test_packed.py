@@ -159,7 +159,8 @@ def test_one_bad_trial_leaves_its_block_as_it_was_and_is_marked_in_its_step(norm
         _, alone, _, own_scores = mapped.train(state, 3, rates)
         assert (diverged == alone).all(), (name, diverged[:, 1], alone[:, 1])
         assert diverged[0, 1] or name == "a learning rate of 1e6", name
-        assert np.isfinite(spoilt_scores[0][1]) == np.isfinite(own_scores[0][1]), f"{name}: its own evaluation"
+        # Its own evaluation hides nothing. (It tells of more: a ReLU makes 0 of minus infinity.)
+        assert np.isfinite(own_scores[0][1]) or not np.isfinite(spoilt_scores[0][1]), name
 
 
 def transposed(text):
@@ -171,15 +172,14 @@ def transposed(text):
 @pytest.mark.parametrize(("trials", "group"), [(4, 4), (4, 2), (4, 1)])
 def test_nothing_but_the_input_is_transposed_and_convolutions_are_dense(trials, group):
     one = core(Form("packed", trials, group))
-    state = trial_axis.sharded(block_of(one, range(trials)), trial_axis.mesh(jax.devices()[:1]))
-    images = np.zeros((trials, 8, *SHAPE), np.uint8)
-    labels = np.zeros((trials, 8), np.int32)
-    gradients = jax.vmap(one.network.gradients)
-    mesh = trial_axis.mesh(jax.devices()[:1])
+    state = block_of(one, range(trials))
+    images, labels = np.zeros((trials, 8, *SHAPE), np.uint8), np.zeros((trials, 8), np.int32)
+    given = state.params, state.batch_stats, images, labels
+    gradients, mesh = jax.vmap(one.network.gradients), trial_axis.mesh(jax.devices()[:1])
     along = jax.sharding.PartitionSpec("trials")
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
-    for function in (gradients, sharded):
-        text = jax.jit(function).lower(state.params, state.batch_stats, images, labels).as_text()
+    for function, arguments in ((gradients, given), (sharded, trial_axis.abstract(given, mesh))):
+        text = jax.jit(function).lower(*arguments).as_text()
         moved = transposed(text)
         assert [kind for _, kind in moved] == ["ui8"] * (group > 1), moved
         convolutions = text.count("stablehlo.convolution")

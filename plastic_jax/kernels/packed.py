@@ -29,12 +29,14 @@ class Packed(Mapped):
     def enter(self, images: Array) -> Activations:
         """The images are turned round while they are bytes; nothing else is."""
         groups, group = self.trials // self.group, self.group
+        if group == 1:
+            return super().enter(images)
         if images.ndim == 4:
             values = jnp.broadcast_to(images[None, ..., None, :], (groups, *images.shape[:3], group, images.shape[3]))
         else:
             values = jnp.moveaxis(images.reshape(groups, group, *images.shape[1:]), 1, 4)
         values = values.reshape(*values.shape[:4], -1)
-        return Activations(self.normalised_images(values), self, () if group > 1 else None)
+        return Activations(self.normalised_images(values), self, taint=())
 
     def convolution(self, x: Activations, kernel_TOhwI: Array, bias_TO: Array | None, stride: int) -> Activations:
         """As `Mapped`; its values are new, so that what follows has to look whether they are finite."""
@@ -44,7 +46,9 @@ class Packed(Mapped):
     def convolve(self, x: Activations, kernel_TOhwI: Array, stride: int, pad: int) -> Array:
         """K convolutions, each block-diagonal in its G trials."""
         kernels = kernel_TOhwI if self.group == 1 else _block_diagonal(kernel_TOhwI, self.group)
-        each = [one_convolution(v, kernel, stride, pad) for v, kernel in zip(x.values, kernels, strict=True)]
+        each = [
+            one_convolution(v, kernel, stride, pad) for v, kernel in zip(list(x.values), list(kernels), strict=True)
+        ]
         return jnp.stack(each) if self.group == 1 else _finite_gradient(jnp.stack(each))
 
     def product(self, values_TBD: Array, kernel_TDO: Array) -> Array:
@@ -59,7 +63,8 @@ class Packed(Mapped):
             return super().batch_norm(x, scale_TC, bias_TC, running_TC)
         per = partial(self.per_channel, like=x.values)
         shift = lax.stop_gradient(per(running_TC))
-        values, mean, var = _batch_norm(x.values, per(scale_TC), per(bias_TC), shift, self.dtype, self.real)
+        found: Any = _batch_norm(x.values, per(scale_TC), per(bias_TC), shift, self.dtype, self.real)
+        values, mean, var = found
         mean, var = self.per_trial(mean), self.per_trial(var)
         return self._tainted(x.with_values(values), mean, var, scale_TC, bias_TC), mean, var
 

@@ -2,9 +2,10 @@
 
 They call `cc/native_convolution.cc`, compiled for the machine at hand, for 3x3 and 1x1 convolutions in float32 and
 float64; others are products of matrices (`loops.py`). One core does a narrow net's convolutions at 100 to 180 GFLOP/s
-there, in about half of the time of the products forwards and for images, and a third for kernels. With BatchNorm the norms and ReLUs between them, their statistics and gradients
-are computed there too, image by image, while the image is in the cache: a ResNet's training step with w = 8, batch 64
-then takes 0.66 of the time, with w = 16, batch 128, 0.78 (two cores with AVX-512, one trial each, 2026-11-25).
+there, in about half of the time of the products forwards and for images, and a third for kernels. With BatchNorm the
+norms and ReLUs between them, their statistics and gradients are computed there too, image by image, while the image is
+in the cache: a ResNet's training step with w = 8, batch 64 then takes 0.66 of the time, with w = 16, batch 128, 0.78
+(two cores with AVX-512, one trial each, 2026-11-25).
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def trainer(point: Config, dataset: Dataset, form: Formulation, devices: Sequenc
 
 def train(run: ProgramRun, epochs: int) -> tuple[float, int]:
     """Train all trials of a `trainer` to their next multiple of so many epochs: seconds, and the trial-steps taken."""
-    run.eval_every = epochs
+    run.schedule.eval_every = epochs
     before, begin = run.steps_done, time.perf_counter()
     run.step()
     run.flush()

@@ -4,8 +4,11 @@ A chunk is one call of the compiled program, in which every slot runs to its own
 fetched while the next chunk runs.
 """
 
+import concurrent.futures
 import json
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +30,7 @@ from plastic_jax.train.state import Beginning, resident
 from plastic_jax.train.trial_axis import Formulation
 
 Tree = Any
+SILENT = 2.0  # seconds of compiling from which on it is told
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program's functions over a batch of trials, compiled at their first call."""
+    """A program's functions over a batch of trials."""
 
     core: core.Core
     chunk: trial_axis.Batched
@@ -77,9 +81,11 @@ class ProgramRun:
         devices: Sequence[Any],
         eval_every: int,
         keep: str = "none",
+        say: Callable[[str], None] | None = None,
     ):
+        """`say` is told what is being compiled, where that takes longer than `SILENT`."""
         self.plan, self.dataset, self.formulation = program, dataset, formulation
-        self.nodes = program.nodes
+        self.nodes, self._say = program.nodes, say
         self.mesh = trial_axis.mesh(devices[: formulation.devices(len(devices))])
         static = Config(**{name: getattr(program.point, name) for name in STATIC})
         self._compiled = programs(
@@ -139,9 +145,48 @@ class ProgramRun:
         pending, self._pending = self._pending, None
         self._take_in(pending)
 
+    def _compile(self) -> None:
+        """Compile all that the run will call, side by side, but for what is compiled already."""
+        stages = inputs.stages([None] * len(self.slots), self.plan.point, np.dtype(self.core.dtype))
+        flag, target = np.zeros(len(self.slots), bool), np.zeros(len(self.slots), np.int32)
+        how = Beginning(flag, flag, flag)
+        state, stage, sample, flag, target, how = (
+            trial_axis.abstract(tree, self.mesh) for tree in (self._state, stages, self._sample_host, flag, target, how)
+        )
+        data = trial_axis.abstract(self._data, self.mesh, whole=True)
+        wanted = {
+            "chunk": (state, stage, sample, target, data),
+            "start": (state, stage, sample, how, None),
+            "fit": (state, stage, sample, flag, data),
+        }
+        if any(len(node.children) > 1 or node.control for node in self.nodes):  # states are stored and loaded
+            wanted["place"] = (state, state, flag, None)
+        functions = {name: getattr(self._compiled, name) for name in wanted}
+        missing = {name: given for name, given in wanted.items() if not functions[name].knows(*given)}
+        if not missing:
+            return
+        point, begin = self.plan.point, time.monotonic()
+        words = f"{', '.join(missing)} of {point.model}, width {point.width}, {self.formulation.form}"
+        telling = threading.Timer(SILENT, self._say or (lambda _: None), [f"Compiling {words} ..."])
+        telling.start()
+        try:
+            # Traced here, since JAX's settings are a thread's own.
+            lowered = {name: functions[name].lower(*given) for name, given in missing.items()}
+            with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
+                executables = pool.map(lambda one: one.compile(), lowered.values())
+                for name, executable in zip(missing, executables, strict=True):
+                    functions[name].keep(missing[name], executable)
+        finally:
+            telling.cancel()
+        seconds = time.monotonic() - begin
+        if self._say and seconds > SILENT:
+            self._say(f"Compiled in {seconds:.0f} s.")
+
     def _deal(self) -> None:
         """Deal out nodes, and tell the device."""
         dealt = self.schedule.deal()
+        if self._stage is None:
+            self._compile()
         if dealt or self._stage is None:
             self._tell(dealt)
 
@@ -201,7 +246,7 @@ class ProgramRun:
             if not self.schedule.awaits(index):
                 continue
             record = {k: v[i].item() for k, v in metrics.items()}
-            record["fit_accuracy"] = float(fits[i]) if i in pending.ended else None
+            record["fit_accuracy"] = float(fits[i]) if fits is not None and i in pending.ended else None
             self._released.append(index)
             if self.schedule.take_in(index, record):
                 record["fit_accuracy"] = float(np.asarray(self._fits([i]))[i])

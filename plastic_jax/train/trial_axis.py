@@ -36,10 +36,19 @@ class Formulation(Form):
 
 
 class Batched:
-    """A function over a batch of trials: call it, or `lower` it for XLA's analysis."""
+    """A function over a batch of trials: call it, or `lower` it, to be analysed or compiled ahead of its first call."""
 
     def __init__(self, compiled: Any, over: Mesh, block: int):
         self._compiled, self._over, self._block = compiled, over, block
+        self._executables: dict[Any, Any] = {}
+
+    def knows(self, *arguments: Any) -> bool:
+        """Whether it has been compiled for such arguments."""
+        return _shapes(arguments) in self._executables
+
+    def keep(self, arguments: Any, executable: Any) -> None:
+        """Take what `lower(*arguments)` was compiled to for later calls."""
+        self._executables[_shapes(arguments)] = executable
 
     def _with_blocks(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         slots = jax.tree.leaves(arguments[0])[0].shape[0]
@@ -47,11 +56,16 @@ class Batched:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's results, stacked."""
-        return self._compiled(*self._with_blocks(arguments))
+        function = self._executables.get(_shapes(arguments), self._compiled)
+        return function(*self._with_blocks(arguments))
 
     def lower(self, *arguments: Any) -> Any:
         """JAX's lowered program for such arguments."""
         return self._compiled.lower(*self._with_blocks(arguments))
+
+
+def _shapes(arguments: Any) -> Any:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
 
 
 def over_trials(function: Callable[..., Any], block: int, over: Mesh, donate: tuple[int, ...] = ()) -> Batched:
@@ -110,6 +124,12 @@ def planned_bytes(lowered: Any) -> int:
 def mesh(devices: Sequence[Any]) -> Mesh:
     """A one-dimensional mesh whose axis is the trial axis."""
     return jax.make_mesh((len(devices),), ("trials",), devices=devices)
+
+
+def abstract(tree: Tree, over: Mesh, whole: bool = False) -> Tree:
+    """Shapes of such arrays, to compile for: with a leading trial axis, or, as a `whole`, on each device."""
+    sharding = NamedSharding(over, PartitionSpec() if whole else PartitionSpec("trials"))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def sharded(tree: Tree, over: Mesh) -> Tree:
