@@ -1,5 +1,6 @@
 """Optimisers against `torch.optim` (fixtures from make_fixtures.py), schedules in closed form."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -7,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plastic_jax import kernels
+from plastic_jax.config import SCHEDULES, Sweep
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import native
+from plastic_jax.kernels import Form, library
 from plastic_jax.methods import optimisers
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "optimisers.npz")
 RUNS = [name for name in FIXTURE.files if "/" in name]
-needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
+FUSED = kernels.adam(Form("native"))
 
 
 def run(optimiser, params, grads, rates, weight_decay):
@@ -36,8 +40,8 @@ def test_fixture_holds_every_optimiser():
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [(name, False) for name in RUNS]
-    + [pytest.param(name, True, marks=needs_compiler) for name in RUNS if name.startswith("adam")],
+    [(name, None) for name in RUNS]
+    + [pytest.param(name, FUSED, marks=needs_compiler) for name in RUNS if name.startswith("adam")],
 )
 def test_twenty_steps_equal_pytorchs(name, fused, dtype, tolerance):
     spelled, weight_decay = name.split("/")
@@ -105,7 +109,7 @@ def test_trials_with_their_own_hyperparameters_share_a_program(name, decoupled):
     np.testing.assert_array_equal(stacked[2], np.broadcast_to(params[2], (5, 4)))
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("fused", [None, pytest.param(FUSED, marks=needs_compiler)])
 @pytest.mark.parametrize("name", optimisers.OPTIMIZERS)
 def test_without_a_go_nothing_changes(name, fused):
     """Not a bit, although the gradient is no number; and the step after is as if it had not been."""
@@ -127,7 +131,7 @@ def test_without_a_go_nothing_changes(name, fused):
 @needs_compiler
 def test_fused_adam_is_one_call_that_copies_nothing():
     """Parameters and moments are updated in place."""
-    optimiser = optimisers.build("adam", fused=True)
+    optimiser = optimisers.build("adam", fused=FUSED)
     params = {"a": jnp.ones((64, 64)), "b": jnp.ones(64)}
 
     def steps(params, state):
@@ -151,7 +155,7 @@ def test_fused_adam_overflows_where_optax_does():
         grads, params = jnp.full(20, gradient, jnp.float32), jnp.ones(20)
         plain, fused = (
             jax.jit(o.update)(grads, o.init(params), params, 0.1, 0.0)
-            for o in (optimisers.build("adam"), optimisers.build("adam", fused=True))
+            for o in (optimisers.build("adam"), optimisers.build("adam", fused=FUSED))
         )
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -162,7 +166,7 @@ def test_fused_adam_overflows_where_optax_does():
     "grads", [{"a": np.ones(1, "f")}, {"a": np.ones(9, "f")}, {"a": jnp.ones(5, jnp.bfloat16)}, {"a": np.ones(5, int)}]
 )
 def test_fused_adam_refuses_what_does_not_belong_together(grads):
-    optimiser, params = optimisers.build("adam", fused=True), {"a": jnp.ones(5)}
+    optimiser, params = optimisers.build("adam", fused=FUSED), {"a": jnp.ones(5)}
     with pytest.raises(ValueError, match="same shapes, all float32"):
         optimiser.update(grads, optimiser.init(params), params, 0.1, 0.0)
     low = {"a": jnp.ones(5, jnp.bfloat16)}
@@ -187,21 +191,30 @@ def test_schedules():
         "linear": 1 - np.arange(11) / 10,
         "cosine": (1 + np.cos(np.pi * np.arange(11) / 10)) / 2,
     }
-    assert set(expected) == set(optimisers.SCHEDULES)
-    for name in optimisers.SCHEDULES:
+    assert set(expected) == set(SCHEDULES)
+    traces = []
 
-        def factor(step, total, name=name):
-            return optimisers.schedule_factor(name, step, total)
+    @jax.jit
+    @partial(jax.vmap, in_axes=(None, 0, None))
+    def factor(schedule, step, total):
+        traces.append(schedule)
+        return optimisers.schedule_factor(schedule, step, total)
 
-        factors = jax.jit(jax.vmap(factor, (0, None)))(steps, total)
+    for place, name in enumerate(SCHEDULES):
+        factors = factor(place, steps, total)
         assert factors.dtype == jnp.float32
         np.testing.assert_allclose(factors, expected[name], atol=1e-6)
         # Past the end, and for a stage without steps, it stays within [0, 1].
-        assert 0 <= factor(15, 10) <= 1 and factor(0, 0) == 1
+        assert 0 <= optimisers.schedule_factor(place, 15, 10) <= 1 and optimisers.schedule_factor(place, 0, 0) == 1
+    # The schedule is traced: one program serves all.
+    assert len(traces) == 1
+    # Trials side by side have each its own.
+    mixed = jax.vmap(optimisers.schedule_factor, (0, None, None))(jnp.arange(len(SCHEDULES)), 3, total)
+    np.testing.assert_allclose(mixed, [expected[name][3] for name in SCHEDULES], atol=1e-6)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match=r"'lion'.*adam, rmsprop, sgd, momentum"):
         optimisers.build("lion")
-    with pytest.raises(InputError, match=r"'step'.*constant, cosine, linear"):
-        optimisers.schedule_factor("step", 0, 1)
+    with pytest.raises(InputError, match=r"--config.schedule='step' is not allowed.*constant, cosine, linear"):
+        Sweep.of({"schedule": "step"})
