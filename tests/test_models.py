@@ -11,52 +11,79 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from plastic_jax import models
+from plastic_jax import kernels, models
+from plastic_jax.config import INITIALISATIONS, NORMS, Config, Sweep
+from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import native
+from plastic_jax.kernels import Form, library
+from plastic_jax.models import layers
+from plastic_jax.train import costs
 
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 FIXTURES = Path(__file__).parent / "fixtures"
-needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 NETWORKS = sorted(path.stem for path in FIXTURES.glob("*_*.npz"))
+FORMS = {name: Form(name) for name in kernels.KERNELS}
+FORMS |= {"packed 3x1": Form("packed", 3, 1), "packed 1x3": Form("packed", 3, 3)}
+EVERY_FORM = [pytest.param(name, marks=needs_compiler if name == "native" else ()) for name in FORMS]
 
 
-def build(model="resnet", **changes):
-    fields = {
-        "width": 2,
-        "depth": 1,
-        "norm": "batch",
-        "initialisation": "pytorch",
-        "compute_dtype": "float32",
-        "classes": 4,
-    }
-    return models.build(model, **fields | changes)
+def build(model="resnet", shape=(8, 8, 1), form="mapped", classes=4, **changes):
+    fields = {"width": 2, "depth": 1, "norm": "batch", "initialisation": "pytorch", "compute_dtype": "float32"}
+    return models.network(Config(model=model, **fields | changes), shape, classes, FORMS[form])
 
 
-def init(module, key, shape):
-    return quick_jit(lambda key: models.init(module, key, shape))(key)
+def init(network, key):
+    return quick_jit(network.init)(key)
+
+
+def turned(name, values):
+    """A convolution's kernel [h, w, I, O], as fixtures have it, is [O, h, w, I] here; all else stays."""
+    return values.transpose(3, 0, 1, 2) if name.endswith("kernel") and values.ndim == 4 else values
 
 
 def load(name):
     """The fixture's spec and its arrays, nested by the slashes in their names."""
     with np.load(FIXTURES / f"{name}.npz") as file:
-        arrays = {key: file[key] for key in file.files}
+        arrays = {key: turned(key, file[key]) for key in file.files}
     spec = json.loads(str(arrays.pop("spec")))
     return spec, unflatten_dict(arrays, sep="/")
 
 
-def loss_of(module, train):
-    """(params, batch_stats, images, labels) -> (mean cross-entropy, (logits, batch_stats))."""
+def apply(network, params, stats, images, train):
+    """Logits [T, B, classes] and new statistics of a block of T trials, from the module itself."""
+    trials = jax.tree.leaves(params)[0].shape[0]
+    entered = kernels.of(network.form, trials, network.compute_dtype).enter(images)
+    logits, new = network.module.apply(
+        {"params": params, "batch_stats": stats}, entered, train=train, mutable=["batch_stats"]
+    )
+    return logits, new.get("batch_stats", {})
 
-    def loss(params, batch_stats, images, labels):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, batch_stats = models.apply(module, variables, images, train=train)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
-        return -jnp.mean(picked), (logits, batch_stats)
 
-    return loss
+def evaluation_loss(network, params, stats, images, labels):
+    """A block's mean cross-entropies in evaluation mode, added up."""
+    logits, _ = apply(network, params, stats, images, train=False)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=2)
+    return -jnp.mean(picked, (1, 2)).sum()
+
+
+def over(network, function, axes=0):
+    """A function of one trial, for a block of them."""
+    if network.form.block > 1:
+        return jax.vmap(function, axes)
+    axes = axes if isinstance(axes, tuple) else (axes,) * 5
+
+    def one(*block):
+        trial = [given if axis is None else cut(given, 0) for given, axis in zip(block, axes, strict=False)]
+        return jax.tree.map(lambda leaf: leaf[None], function(*trial))
+
+    return one
+
+
+def cut(block, trial):
+    return jax.tree.map(lambda leaf: leaf[trial], block)
 
 
 def assert_trees_close(actual, expected, tolerance):
@@ -72,14 +99,16 @@ def assert_trees_close(actual, expected, tolerance):
 def test_fixtures_cover_both_models_and_all_norms():
     specs = [load(name)[0] for name in NETWORKS]
     for model in models.MODELS:
-        assert {spec["norm"] for spec in specs if spec["model"] == model} == set(models.NORMS)
+        assert {spec["norm"] for spec in specs if spec["model"] == model} == set(NORMS)
 
 
 # The reference is float64 throughout, and float32 errs by rounding.
 @pytest.mark.parametrize(
-    ("name", "dtype", "convolution", "tolerance"),
-    [(name, "float64", "mended" if name == "resnet_none" else "plain", 1e-11) for name in NETWORKS]
-    + [(name, "float32", "mended", 5e-5) for name in ("mlp_batch", "mlp_layer")]
+    ("name", "dtype", "form", "tolerance"),
+    [(name, "float64", "products" if name == "resnet_none" else "mapped", 1e-11) for name in NETWORKS]
+    + [(name, "float32", "products", 5e-5) for name in ("mlp_batch", "mlp_layer")]
+    + [(name, "float64", form, 1e-11) for name in NETWORKS for form in ("packed", "packed 3x1", "packed 1x3")]
+    + [(name, "float32", form, 5e-5) for name in ("mlp_batch", "mlp_layer") for form in ("packed", "packed 3x1")]
     + [
         pytest.param(name, dtype, "native", tolerance, marks=needs_compiler)
         for name in NETWORKS
@@ -87,70 +116,99 @@ def test_fixtures_cover_both_models_and_all_norms():
         if name.startswith("mlp")
     ],
 )
-def test_equals_pytorch(name, dtype, convolution, tolerance):
-    """Logits, loss, every gradient and the new running statistics, in both modes."""
+def test_equals_pytorch(name, dtype, form, tolerance):
+    """Logits, loss, every gradient and the new running statistics, in both modes; in a block, the trial amid others."""
     spec, fixture = load(name)
+    scales = np.asarray([0.7, 1, 1.3] if FORMS[form].block == 3 else [1])
+    mine = len(scales) // 2
     with jax.enable_x64(dtype == "float64"):
-        module = build(**spec, compute_dtype=dtype, convolution=convolution)
-        params, stats = (
-            jax.tree.map(lambda a: jnp.asarray(a, dtype), fixture.get(key, {})) for key in ("params", "stats")
+        network = build(**spec, shape=fixture["images"].shape[1:], compute_dtype=dtype, form=form)
+        params, stats, images = (
+            jax.tree.map(lambda a: jnp.asarray(np.multiply.outer(scales, a), dtype), fixture.get(key, {}))
+            for key in ("params", "stats", "images")
         )
-        images = jnp.asarray(fixture["images"], dtype)
+        labels = jnp.asarray([np.roll(fixture["labels"], k - mine) for k in range(len(scales))])
 
         @quick_jit
-        def both_modes(*args):
-            results = {}
-            for mode in ("train", "eval"):
-                loss = loss_of(module, mode == "train")
-                if "grads" in fixture[mode]:
-                    results[mode] = jax.value_and_grad(loss, has_aux=True)(*args)
-                else:
-                    results[mode] = loss(*args), None
-            return results
+        def both_modes(*trials):
+            everything = jnp.ones(labels.shape, bool)
+            train = over(network, network.gradients)(*trials), apply(network, *trials[:3], train=True)[0]
+            sums = over(network, network.evaluate)(*trials, everything)
+            evaluated = sums, over(network, network.logits)(*trials[:3]), apply(network, *trials[:3], train=False)
+            if "grads" not in fixture["eval"]:
+                return train, evaluated, {}
+            return train, evaluated, jax.grad(partial(evaluation_loss, network))(*trials)
 
-        results = both_modes(params, stats, images, jnp.asarray(fixture["labels"]))
-    assert results["train"][1] is not None
-    for mode, ((loss, (logits, new_stats)), grads) in results.items():
+        results = both_modes(params, stats, images, labels)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(results)}
+    assert kinds == {np.dtype(dtype), np.dtype("int32")}  # hits are counted
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(results)} == {len(scales)}
+    (train, train_logits), ((loss, hits), logits, (same, kept)), grads = cut(results, mine)
+    for mode, got, mean, correct, new_stats in (
+        ("train", train_logits, train.loss, train.correct, train.batch_stats),
+        ("eval", logits, loss / len(fixture["labels"]), hits, kept),
+        ("eval", same, loss / len(fixture["labels"]), hits, kept),
+    ):
         expected = fixture[mode]
-        assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(dtype)}
-        np.testing.assert_allclose(logits, expected["logits"], rtol=tolerance, atol=tolerance)
-        np.testing.assert_allclose(loss, expected["loss"], rtol=tolerance)
-        if grads is not None:
-            assert_trees_close(grads, expected["grads"], tolerance)
+        np.testing.assert_allclose(got, expected["logits"], rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(mean, expected["loss"], rtol=tolerance)
+        assert correct == (expected["logits"].argmax(1) == fixture["labels"]).sum()
         expected_stats = expected.get("stats", {}) if mode == "train" else fixture.get("stats", {})
         assert_trees_close(new_stats, expected_stats, tolerance)
+    assert_trees_close(train.gradients, fixture["train"]["grads"], tolerance)
+    assert_trees_close(grads, fixture["eval"].get("grads", {}), tolerance)
+
+
+def parameters(model, width, depth, norm, classes, shape_HWC):
+    """Their number in closed form."""
+    if model == "mlp":
+        per_unit = 1 if norm == "none" else 3
+        hidden = width * (np.prod(shape_HWC) + per_unit) + (depth - 1) * width * (width + per_unit)
+        return hidden + (width + 1) * classes
+    per_channel = 1 if norm == "none" else 2
+    total, fan_in = width * (9 * shape_HWC[2] + per_channel), width
+    for number in range(4):
+        out = width * 2**number
+        total += out * (9 * fan_in + per_channel) + (2 * depth - 1) * out * (9 * out + per_channel)
+        if number > 0:
+            total += out * (fan_in + per_channel)
+        fan_in = out
+    return total + (fan_in + 1) * classes
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
-@pytest.mark.parametrize("norm", models.NORMS)
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", models.MODELS)
 def test_parameters_are_counted_and_modules_named(model, norm, shape):
     for depth in (1, 3):
-        module = build(model, norm=norm, depth=depth, width=3)
-        variables = jax.eval_shape(lambda key: models.init(module, key, shape), jax.random.key(0))  # noqa: B023
+        network = build(model, shape, norm=norm, depth=depth, width=3)
+        params, stats = jax.eval_shape(network.init, jax.random.key(0))
         names = [f"module_{i + 1}" for i in range(models.modules(model, depth))]
-        assert sorted(variables["params"]) == names
+        assert sorted(params) == names
         # The head has no norm.
-        assert sorted(variables["batch_stats"]) == (names[:-1] if norm == "batch" else [])
-        assert type(variables["params"]) is dict
-        count = models.parameters_count(model, width=3, depth=depth, norm=norm, classes=4, shape_HWC=shape)
-        assert count == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        assert sorted(stats) == (names[:-1] if norm == "batch" else [])
+        assert type(params) is dict
+        assert network.shapes() == {"params": params, "batch_stats": stats}
+        point = Config(model=model, width=3, depth=depth, norm=norm)
+        count = costs.parameters_count(point, DatasetSpec("noise", 50, 30, shape, 4))
+        assert count == sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert count == parameters(model, 3, depth, norm, 4, shape)
 
 
 def test_resnet_18_has_the_known_number_of_parameters():
-    module = build(width=64, depth=2, classes=10)
     shape = (32, 32, 3)
-    variables = jax.eval_shape(lambda key: models.init(module, key, shape), jax.random.key(0))
-    counted = models.parameters_count("resnet", width=64, depth=2, norm="batch", classes=10, shape_HWC=shape)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 11_173_962 == counted
+    params, _ = jax.eval_shape(build(shape=shape, width=64, depth=2, classes=10).init, jax.random.key(0))
+    point = Config(model="resnet", width=64, depth=2, norm="batch")
+    counted = costs.parameters_count(point, DatasetSpec("noise", 50, 30, shape, 10))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962 == counted
 
 
 def large_layers(initialisation):
     """{name: (layer, fan_in)} of a linear layer (300 -> 2000) and a 3x3 convolution (128 -> 128)."""
     key = jax.random.key(3)
     common = {"norm": "none", "initialisation": initialisation}
-    mlp = init(build("mlp", width=2000, **common), key, (10, 10, 3))["params"]
-    resnet = init(build(width=16, **common), key, (8, 8, 3))["params"]
+    mlp, _ = init(build("mlp", (10, 10, 3), width=2000, **common), key)
+    resnet, _ = init(build(shape=(8, 8, 3), width=16, **common), key)
     return {
         "linear": (mlp["module_1"]["linear"], 300),
         "conv": (resnet["module_5"]["block_1"]["conv_2"], 9 * 128),
@@ -195,33 +253,59 @@ def test_normal_initialisations(initialisation, gain):
 
 
 def test_norms_start_neutral():
-    for norm, stats in (("batch", True), ("layer", False)):
-        variables = init(build("mlp", norm=norm), jax.random.key(0), (8, 8, 1))
-        first = variables["params"]["module_1"]["norm"]
+    for norm, has_statistics in (("batch", True), ("layer", False)):
+        params, stats = init(build("mlp", norm=norm), jax.random.key(0))
+        first = params["module_1"]["norm"]
         assert np.all(first["scale"] == 1) and not np.any(first["bias"])
-        if stats:
-            running = variables["batch_stats"]["module_1"]["norm"]
+        if has_statistics:
+            running = stats["module_1"]["norm"]
             assert np.all(running["var"] == 1) and not np.any(running["mean"])
 
 
 def test_no_two_parameters_share_a_draw():
     """The one draw is cut up without overlap, and every kernel and bias gets its part."""
     for model in models.MODELS:
-        variables = init(build(model, norm="none", width=4), jax.random.key(0), (8, 8, 3))
-        leaves = jax.tree.leaves(variables["params"])
+        params, _ = init(build(model, (8, 8, 3), norm="none", width=4), jax.random.key(0))
         # Up to their scale, the uniform values are multiples of 2^-22: chance repeats are rare.
-        values = np.concatenate([np.ravel(leaf) / np.abs(leaf).max() for leaf in leaves])
+        values = np.concatenate([np.ravel(leaf) / np.abs(leaf).max() for leaf in jax.tree.leaves(params)])
         assert np.unique(values).size > 0.99 * values.size and np.all(values != 0)
+
+
+@pytest.mark.parametrize("initialisation", INITIALISATIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("model", models.MODELS)
+def test_draws_stay_what_they_were(model, norm, initialisation):
+    """Bit for bit those of commit 77d88ee, where kernels were stored as they are drawn: [h, w, I, O].
+
+    draws.npz was made by that commit's code. For each case, of width 1 (resnet) or 2, depth 1 and 4 classes:
+
+        params = quick_jit(lambda key: models.init(module, key, (8, 8, 3)))(jax.random.key(7))["params"]
+        params = flatten_dict(params)
+        np.concatenate([np.ravel(params[path]) for path in sorted(params)])
+
+    Little of LLVM's passes: with all of them, the last bit of a normal draw depends on the processor.
+
+    LayerNorm's parameters are BatchNorm's.
+    """
+    with np.load(FIXTURES / "draws.npz") as file:
+        expected = file[f"{model}/{'batch' if norm == 'layer' else norm}/{initialisation}"]
+    width = 1 if model == "resnet" else 2
+    for form in ("mapped", "packed 1x3"):
+        network = build(model, (8, 8, 3), form, width=width, norm=norm, initialisation=initialisation)
+        params = flatten_dict(init(network, jax.random.key(7))[0])
+        as_drawn = [
+            np.moveaxis(params[path], 0, -1) if params[path].ndim == 4 else params[path] for path in sorted(params)
+        ]
+        np.testing.assert_array_equal(np.concatenate([np.ravel(leaf) for leaf in as_drawn]), expected)
 
 
 @pytest.mark.parametrize("initialisation", ["pytorch", "he"])
 def test_draws_are_the_same_in_every_precision_and_under_vmap(initialisation):
     keys = jax.random.split(jax.random.key(7), 2)
-    shape = (8, 8, 3)
 
     def draw(compute_dtype, keys):
-        module = build("mlp", initialisation=initialisation, compute_dtype=compute_dtype)
-        return quick_jit(jax.vmap(lambda key: models.init(module, key, shape)))(keys)
+        network = build("mlp", (8, 8, 3), initialisation=initialisation, compute_dtype=compute_dtype)
+        return quick_jit(jax.vmap(network.init))(keys)
 
     single, alone = draw("float32", keys), draw("float32", keys[1:])
     with jax.enable_x64(True):
@@ -231,25 +315,28 @@ def test_draws_are_the_same_in_every_precision_and_under_vmap(initialisation):
     for other in (double, single_x64, half):
         jax.tree.map(np.testing.assert_array_equal, other, single)
     jax.tree.map(np.testing.assert_array_equal, alone, jax.tree.map(lambda a: a[1:], single))
-    kernel = single["params"]["module_1"]["linear"]["kernel"]
+    kernel = single[0]["module_1"]["linear"]["kernel"]
     assert np.all(kernel[0] != kernel[1])  # another key, other values
 
 
-def step_text(module, variables, images):
-    """The jaxpr of a training step's gradient."""
+def step_text(network, params, stats, images):
+    """The jaxpr of a training step's gradient, of a block of alike trials."""
     labels = jnp.zeros(images.shape[0], jnp.int32)
-    gradient = jax.grad(loss_of(module, True), has_aux=True)
-    return str(jax.make_jaxpr(gradient)(variables["params"], variables["batch_stats"], images, labels))
+    block = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (network.form.block, *leaf.shape)), (params, stats))
+    gradients = over(network, network.gradients, (0, 0, None, None))
+    return str(jax.make_jaxpr(gradients)(*block, images, labels))
 
 
-@pytest.mark.parametrize("norm", models.NORMS)
+@pytest.mark.parametrize("form", ["products", "packed 3x1", "packed 1x3"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", models.MODELS)
-def test_float32_stays_float32_under_x64(model, norm):
+def test_float32_stays_float32_under_x64(model, norm, form):
     with jax.enable_x64(True):
-        module = build(model, norm=norm, convolution="mended")
-        variables = jax.eval_shape(lambda key: models.init(module, key, (8, 8, 1)), jax.random.key(0))
-        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
-        text = step_text(module, variables, jnp.ones((3, 8, 8, 1), jnp.float32))
+        network = build(model, norm=norm, form=form)
+        shapes = network.shapes()
+        assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
+        params, stats = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), tuple(shapes.values()))
+        text = step_text(network, params, stats, jnp.ones((3, 8, 8, 1), jnp.uint8))
     arrays = set(re.findall(r"\b(f64|f32|bf16)\[", text))
     assert arrays <= {"f32", "f64"} and "f32" in arrays
     # Scalars that Python numbers become are all that may be wider.
@@ -257,107 +344,124 @@ def test_float32_stays_float32_under_x64(model, norm):
 
 
 @pytest.mark.parametrize(("model", "norm"), [("resnet", "batch"), ("mlp", "batch"), ("mlp", "layer")])
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32(model, norm):
+@pytest.mark.parametrize("form", ["mapped", "packed 1x3"])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(model, norm, form):
     images = np.random.default_rng(0).standard_normal((16, 8, 8, 3)).astype(np.float32)
-    half, single = (build(model, norm=norm, width=4, compute_dtype=d) for d in ("bfloat16", "float32"))
-    variables = init(half, jax.random.key(0), (8, 8, 3))
+    half, single = (build(model, (8, 8, 3), form, norm=norm, width=4, compute_dtype=d) for d in ("bfloat16", "float32"))
+    params, stats = init(half, jax.random.key(0))
 
     @quick_jit
-    def both(variables, images):
-        return [models.apply(module, variables, images, train=True) for module in (half, single)]
+    def both(params, stats, images):
+        block = jax.tree.map(lambda leaf: jnp.stack([leaf] * half.form.block), (params, stats))
+        return [apply(network, *block, images, train=True) for network in (half, single)]
 
-    (logits, stats), (exact, exact_stats) = both(variables, images)
-    kept = {leaf.dtype for leaf in jax.tree.leaves((variables, logits, stats))}
+    (logits, new), (exact, exact_new) = both(params, stats, images)
+    kept = {leaf.dtype for leaf in jax.tree.leaves((params, stats, logits, new))}
     assert kept == {np.dtype("float32")}
     np.testing.assert_allclose(logits, exact, atol=0.1)
     assert np.any(logits != exact)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), stats, exact_stats)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), new, exact_new)
     # All products and convolutions but the head's take bfloat16.
-    text = step_text(half, variables, images)
+    text = step_text(half, params, stats, images)
     operation = "dot_general" if model == "mlp" else "conv_general_dilated"
     results = re.findall(rf":(\w+)\[[\d,]*\] = {operation}\[", text)
     expected = {"mlp": {"bf16", "f32"}, "resnet": {"bf16"}}[model]
     assert set(results) == expected and results[0] == "bf16"
 
 
-def test_batch_norm_in_closed_form():
+def entered(x, form="mapped"):
+    """Values [B, H, W, C] of one trial, as layers take them."""
+    return kernels.of(FORMS[form], 1, "float32").enter(jnp.asarray(x)[None])
+
+
+@pytest.mark.parametrize("form", ["mapped", "packed"])
+def test_batch_norm_in_closed_form(form):
     """Two training passes over [2, 2, 1, 1] values 1, 2, 3, 6: mean 3, var 3.5, unbiased 14 / 3."""
     x = jnp.asarray([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1, 1)
-    layer = models.BatchNorm("float32")
-    variables = layer.init(jax.random.key(0), x, train=False)
+    layer = layers.BatchNorm()
+    variables = layer.init(jax.random.key(0), entered(x, form), train=False)
     stats = variables["batch_stats"]
     assert stats["mean"] == 0 and stats["var"] == 1
     for _ in range(2):
-        out, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
-        np.testing.assert_allclose(out, (x - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-6)
+        out, new = layer.apply(variables, entered(x, form), train=True, mutable=["batch_stats"])
+        np.testing.assert_allclose(out.values[0], (x - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-6, atol=1e-6)
         variables = {**variables, **new}
     mean, var = 0.19 * 3, 0.81 + 0.19 * 14 / 3
-    np.testing.assert_allclose(variables["batch_stats"]["mean"], [mean], rtol=1e-6)
-    np.testing.assert_allclose(variables["batch_stats"]["var"], [var], rtol=1e-6)
-    out = layer.apply(variables, x, train=False)
-    np.testing.assert_allclose(out, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(variables["batch_stats"]["mean"], [[mean]], rtol=1e-6)
+    np.testing.assert_allclose(variables["batch_stats"]["var"], [[var]], rtol=1e-6)
+    out = layer.apply(variables, entered(x, form), train=False)
+    np.testing.assert_allclose(out.values[0], (x - mean) / np.sqrt(var + 1e-5), rtol=1e-5)
 
 
-def test_batch_norm_is_exact_far_from_zero():
-    """Values 4096 + {0, 1}: in float32 the mean of squares less the squared mean is 0 or 1."""
-    x = 4096 + jnp.asarray([[0.0], [1.0], [1.0], [0.0]])
-    layer = models.BatchNorm("float32")
-    variables = layer.init(jax.random.key(0), x, train=False)
-    out, _ = layer.apply(variables, x, train=True, mutable=["batch_stats"])
-    np.testing.assert_allclose(out, (x - 4096.5) / np.sqrt(0.25 + 1e-5), rtol=1e-6)
+@pytest.mark.parametrize(("form", "running"), [("mapped", 0.0), ("packed", 4000.0)])
+def test_batch_norm_is_exact_far_from_zero(form, running):
+    """Values 4096 + {0, 1}: in float32 the mean of squares less the squared mean is 0 or 1.
+
+    Packed kernels sum the squares of differences from the running mean, which is near after some steps.
+    """
+    x = 4096 + jnp.asarray([0.0, 1.0, 1.0, 0.0]).reshape(4, 1, 1, 1)
+    layer = layers.BatchNorm()
+    variables = layer.init(jax.random.key(0), entered(x, form), train=False)
+    variables["batch_stats"]["mean"] += running
+    out, _ = layer.apply(variables, entered(x, form), train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(out.values[0], (x - 4096.5) / np.sqrt(0.25 + 1e-5), rtol=1e-6)
 
 
-def test_batch_norm_of_a_single_value_stays_finite():
-    layer = models.BatchNorm("float32")
-    x = jnp.asarray([[5.0]])
+@pytest.mark.parametrize("form", ["mapped", "packed"])
+def test_batch_norm_of_a_single_value_stays_finite(form):
+    layer = layers.BatchNorm()
+    x = entered(jnp.full((1, 1, 1, 1), 5.0), form)
     variables = layer.init(jax.random.key(0), x, train=False)
     out, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
-    assert out == 0 and np.all(np.isfinite(new["batch_stats"]["var"]))
+    assert out.values == 0 and np.all(np.isfinite(new["batch_stats"]["var"]))
 
 
 def test_evaluation_depends_on_no_other_example():
-    module = build("mlp")
+    network = build("mlp", (8, 8, 3))
     images = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
-    variables = init(module, jax.random.key(0), (8, 8, 3))
+    params, stats = init(network, jax.random.key(0))
 
     @quick_jit
-    def logits(variables, images):
-        return {
-            (train, count): models.apply(module, variables, images[:count], train=train)[0]
-            for train in (True, False)
-            for count in (2, 4)
-        }
+    def logits(params, stats, images):
+        block = jax.tree.map(lambda leaf: leaf[None], (params, stats))
+        train = {(True, count): apply(network, *block, images[:count], train=True)[0][0] for count in (2, 4)}
+        return train | {(False, count): network.logits(params, stats, images[:count]) for count in (2, 4)}
 
-    results = logits(variables, images)
+    results = logits(params, stats, images)
     for train, equal in ((False, True), (True, False)):
         two, four = results[train, 2], results[train, 4]
         assert np.allclose(four[:2], two, atol=1e-6) is equal
 
 
-def test_gradient_of_relu_at_zero_is_zero():
+@pytest.mark.parametrize("form", EVERY_FORM)
+def test_gradient_of_relu_at_zero_is_zero(form):
     """As in PyTorch. Zero images and zero biases put every unit at exactly 0."""
-    module = build("mlp", norm="none", initialisation="he")
-    variables = init(module, jax.random.key(0), (2, 2, 1))
+    network = build("mlp", (2, 2, 1), form, norm="none", initialisation="he")
+    params, stats = quick_jit(jax.vmap(network.init))(jax.random.split(jax.random.key(0), network.form.block))
     images, labels = np.zeros((3, 2, 2, 1), np.float32), np.asarray([0, 1, 1], np.int32)
-    gradient = quick_jit(jax.grad(loss_of(module, True), has_aux=True))
-    grads, _ = gradient(variables["params"], {}, images, labels)
+    grads = quick_jit(over(network, network.gradients, (0, 0, None, None)))(params, stats, images, labels).gradients
     assert not np.any(grads["module_1"]["linear"]["bias"])
-    assert np.any(grads["module_2"]["bias"])
+    assert np.all(np.any(grads["module_2"]["bias"], axis=1))
 
 
 def test_equal_networks_hash_equal():
     """So that one can be a static argument without being compiled again."""
-    assert build() == build() and hash(build()) == hash(build())
-    assert build() != build(depth=2)
+    assert build().module == build().module and hash(build().module) == hash(build().module)
+    assert build().module != build(depth=2).module
+    assert build().form == build().form and hash(build().form) == hash(build().form)
+    assert build().form != build(form="packed").form
 
 
-@pytest.mark.parametrize("field", ["model", "norm", "initialisation", "compute_dtype", "convolution"])
+@pytest.mark.parametrize("field", ["norm", "initialisation", "compute_dtype", "kernels", "model"])
 def test_unknown_names_are_refused(field):
-    with pytest.raises(InputError, match=f"^{field} is 'other'; it must be one of "):
-        build(**{"model": "mlp"} | {field: "other"})
+    with pytest.raises(InputError, match=f"^--config.{field}='other' is not allowed: {field} takes one of "):
+        Sweep.of({field: "other"})
+    if field in ("model", "kernels"):  # as tests and notebooks may give them
+        with pytest.raises(InputError, match=f"^{field} is 'other'; it must be one of "):
+            build("other") if field == "model" else Form("other")
 
 
 def test_float64_is_refused_without_x64():
-    module = build(compute_dtype="float64")
+    network = build(compute_dtype="float64")
     with jax.enable_x64(False), pytest.raises(InputError, match="jax_enable_x64"):
-        models.init(module, jax.random.key(0), (8, 8, 1))
+        network.init(jax.random.key(0))
