@@ -167,6 +167,22 @@ def _recorded(path: Path, count: int) -> list[Formulation | None]:
     return found
 
 
+def _records(program: Any) -> Records:
+    """What a checkpoint holds of a finished program: its nodes' records.
+
+    An earlier version wrote the nodes' first and last epochs beside them, where a record now says whether it is a
+    node's last.
+    """
+    if not (program and isinstance(program[0][0], list)):
+        return {int(k): v for k, v in program}
+    records, reaches = program
+    found = {int(k): v for k, v in records}
+    for node, own in found.items():
+        for record in own:
+            record["last"] = record["epoch"] == reaches[node][1]
+    return found
+
+
 def _session(options: Options) -> dict[str, Any]:
     return {
         "command": options.command or shlex.join(sys.argv),
@@ -286,7 +302,7 @@ class Training:
         host: dict[str, Any] = {"done": [], "program": None}
         if found:
             arrays, host = found
-        self.done += [{int(k): v for k, v in records} for records in host["done"]]
+        self.done += [_records(program) for program in host["done"]]
         total = sum(p.shared_steps for p in self.programs)
         passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
         bar = tqdm(
