@@ -31,6 +31,8 @@ class Core:
         self.point, self.mixes = point, mixes
         self.network = models.network(point, shape, classes, form)
         self.optimiser = optimisers.build(point.optimizer, point.decoupled, fused=kernels.adam(form))
+        # On an accelerator each shape of a convolution is tuned before the first step: so training's shapes serve all.
+        self.evenly = kernels.batched(form) and models.MODELS[point.model].convolutional
         self.dtype = jnp.float64 if point.compute_dtype == "float64" else jnp.float32
 
     def init(self, seed: Array, examples: int) -> State:
@@ -180,9 +182,10 @@ class Core:
 
     def _evaluate(self, state: State, images: Array, ids: Array, labels: Array, count: Array | int) -> Any:
         """Mean loss and accuracy of the first `count` of `ids` [n], with running statistics (contract 8)."""
-        most = ids.shape[0]
-        batches = math.ceil(most / EVALUATION_BATCH)
-        size = math.ceil(most / batches)
+        most, size = ids.shape[0], self.point.batch_size
+        if not self.evenly:
+            size = math.ceil(most / math.ceil(most / EVALUATION_BATCH))
+        batches = math.ceil(most / size)
         pad = batches * size - most
         ids, labels = jnp.pad(ids, (0, pad)), jnp.pad(labels, (0, pad))
 

@@ -144,7 +144,8 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
 
     training = batch * (_KEPT[point.norm] * net.outputs * computed + pixels * value) + 4 * _ORDERS * n
     evaluated = max(_evaluation_batch(size) for size in (spec.test_examples, held_back, n))
-    evaluation = evaluated * (net.alive * computed + pixels * value)
+    image = net.alive * computed + pixels * value
+    evaluation, between = evaluated * image, (batch if net.convolutional else evaluated) * image
     activations = max(training, evaluation, 4 * _SORT * n)
     kept = _KEPT_PACKED[point.norm] if net.convolutional else _KEPT_MLP
     packed = int(batch * computed * (kept * net.outputs + pixels)) + (0 if net.convolutional else computed * parameters)
@@ -163,7 +164,7 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
         resident_bytes=resident,
         working_bytes=working,
         packed_bytes=packed,
-        between_bytes=max(evaluation, 4 * _SORT * n),
+        between_bytes=max(between, 4 * _SORT * n),
         expanded_bytes=computed * parameters if net.convolutional else 0,
         convolutional=net.convolutional,
     )
