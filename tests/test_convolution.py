@@ -13,12 +13,11 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from plastic_jax import models
-from plastic_jax.config import Sweep
+from plastic_jax import kernels, models
+from plastic_jax.config import Config
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import native
-from plastic_jax.kernels.convolution import FORMULATIONS, conv, joined, unit
-from plastic_jax.train.trial_axis import candidates
+from plastic_jax.kernels import Form, Mapped, library, loops, units
+from plastic_jax.kernels.units import joined, unit
 
 TRIALS, BATCH, INPUTS, OUTPUTS = 2, 3, 3, 5
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
@@ -27,7 +26,23 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # (taps, padding, stride): all that a ResNet has.
 KINDS = [(3, 1, 1), (3, 1, 2), (1, 0, 1), (1, 0, 2)]
 CANONICAL = "b01f_01io->b01f"
-needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
+
+
+WAYS = ("plain", "mended", "products", "native")
+
+
+def conv(name):
+    """A convolution of NHWC images and an HWIO kernel by that way."""
+
+    def convolve(images, kernel, strides, pads):
+        if name == "plain":
+            return lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=NHWC)
+        if name == "native":
+            return loops.convolution(images, kernel, strides, pads, units.convolve)
+        return loops.convolution(images, kernel, strides, pads, lambda *x: loops.differentiable(*x, name))
+
+    return convolve
 
 
 def operands(kind, size, dtype, trials=TRIALS):
@@ -50,7 +65,7 @@ def with_gradients(name, kind):
     def function(images, kernel, gradient):
         def convolve(images, kernel):
             pads = ((padding, padding), (padding, padding))
-            return conv(name)(images, kernel, (stride, stride), pads, dimension_numbers=NHWC)
+            return conv(name)(images, kernel, (stride, stride), pads)
 
         out, pullback = jax.vjp(convolve, images, kernel)
         return out, *pullback(gradient)
@@ -106,7 +121,7 @@ def test_products_equal_plain_in_float64(kind, batch, size, channels, outputs):
         def both(name):
             def loss(images, kernel):
                 pads = ((pad, pad), (pad, pad))
-                out = conv(name)(images, kernel, (stride, stride), pads, dimension_numbers=NHWC)
+                out = conv(name)(images, kernel, (stride, stride), pads)
                 return jnp.sin(out).sum(), out
 
             return quick_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(images, kernel)
@@ -125,7 +140,7 @@ def test_kernel_gradients_of_products_are_rounded_to_bfloat16_once(kind):
 
     def pulled(images, kernel, gradient, name):
         pads = ((pad, pad), (pad, pad))
-        one = lambda k: conv(name)(images, k, (stride, stride), pads, dimension_numbers=NHWC)  # noqa: E731
+        one = lambda k: conv(name)(images, k, (stride, stride), pads)  # noqa: E731
         return jax.vjp(one, kernel)[1](gradient)[0]
 
     found = pulled(images, kernel, gradient, "products")
@@ -188,7 +203,7 @@ def test_native_falls_back_and_computes_no_gradient_that_is_not_used():
     assert "ffi_call" not in str(jax.make_jaxpr(with_gradients("native", (3, 1, 1)))(*low))
 
     def loss(images, kernel):
-        return (gradient * conv("native")(images, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)).sum()
+        return (gradient * conv("native")(images, kernel, (1, 1), ((1, 1), (1, 1)))).sum()
 
     for wanted, results in ((0, r"f32\[3,7,8,3\]\S* f32\[3,3,3,0\]"), (1, r"f32\[0,7,8,3\]\S* f32\[3,3,3,5\]")):
         text = jax.jit(jax.grad(loss, wanted)).lower(images, kernel).compile().as_text()
@@ -325,7 +340,7 @@ def test_native_calls_refuse_operands_that_do_not_belong_together():
             with pytest.raises((ValueError, TypeError)):
                 of_channels(kernel[:, :, :2])
         with pytest.raises((ValueError, TypeError)):
-            conv("native")(images, kernel[:, :, :2], (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)
+            conv("native")(images, kernel[:, :, :2], (1, 1), ((1, 1), (1, 1)))
 
 
 @needs_compiler
@@ -338,16 +353,14 @@ def test_a_unit_hides_no_nan():
 def test_native_is_refused_where_there_is_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native, "_reason", native._reason.__wrapped__)  # what other tests have loaded stays
-    assert not native.available()
-    with pytest.raises(InputError, match=r"convolution is 'native'.* there is none"):
-        conv("native")
-    auto, asked = (Sweep.of({"model": "resnet", "convolution": name}) for name in ("auto", "native"))
-    assert [c.convolution for c in candidates(auto, "resnet", "cpu")] == ["products", "mended"]
-    with pytest.raises(InputError, match="convolution is 'native'"):
-        candidates(asked, "resnet", "cpu")
+    monkeypatch.setattr(library, "_reason", library._reason.__wrapped__)  # what other tests have loaded stays
+    assert not library.available()
+    with pytest.raises(InputError, match=r"kernels is 'native'.* there is none"):
+        kernels.require("native", "cpu")
     with pytest.raises(InputError, match="programs for gpu"):
-        candidates(asked, "resnet", "gpu")
+        kernels.require("native", "gpu")
+    with pytest.raises(InputError, match=r"kernels is 'native'"):
+        conv("native")(*(jnp.ones(s) for s in ((1, 4, 4, 2), (3, 3, 2, 2))), (1, 1), ((1, 1), (1, 1)))
 
 
 def test_native_says_what_the_compiler_said(monkeypatch, tmp_path):
@@ -355,9 +368,9 @@ def test_native_says_what_the_compiler_said(monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native, "_reason", native._reason.__wrapped__)
+    monkeypatch.setattr(library, "_reason", library._reason.__wrapped__)
     with pytest.raises(InputError, match="broken failed: no space left"):
-        conv("native")
+        kernels.require("native", "cpu")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
@@ -419,14 +432,14 @@ def test_hessian_vector_product_equals_plain():
 
         def product(name, images, kernel, direction):
             def loss(kernel):
-                out = conv(name)(images, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=NHWC)
+                out = conv(name)(images, kernel, (2, 2), ((1, 1), (1, 1)))
                 return jnp.sum(jnp.tanh(out))
 
             forward_over_reverse = jax.jvp(jax.grad(loss), (kernel,), (direction,))[1]
             reverse_over_reverse = jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), direction))
             return forward_over_reverse, reverse_over_reverse(kernel)
 
-        here = [name for name in FORMULATIONS if name != "native" or native.available()]
+        here = [name for name in WAYS if name != "native" or library.available()]
         both = quick_jit(lambda *args: [product(name, *args) for name in here])
         plain, *others = both(images[0], kernels[0], kernels[1])
         for other in others:
@@ -438,29 +451,24 @@ def convolution_layouts(compiled_text):
     return Counter(re.findall(r" convolution\(.*dim_labels=([^,\s]+)", compiled_text))
 
 
-def training_loop_layouts(convolution, side):
-    """The layouts in a scan over steps of a map over trials that train a small ResNet."""
-    module = models.build(
-        "resnet",
-        width=2,
-        depth=1,
-        norm="batch",
-        initialisation="he",
-        compute_dtype="float32",
-        classes=3,
-        convolution=convolution,
-    )
+class Mended(Mapped):
+    """Kernels of mended convolutions, which no form offers."""
 
-    def loss(params, batch_stats, images):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, batch_stats = models.apply(module, variables, images, train=True)
-        return jnp.mean(jnp.square(logits)), batch_stats
+    def convolve(self, x, kernel_TOhwI, stride, pad):
+        kernel_HWIO = kernel_TOhwI[0].transpose(1, 2, 3, 0)
+        return conv("mended")(x.values[0], kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)))[None]
+
+
+def training_loop_layouts(name, side):
+    """The layouts in a scan over steps of a map over trials that train a small ResNet."""
+    point = Config(width=2, depth=1, initialisation="he")
+    network = models.network(point, (side, side, 3), 3, Form(name))
+    labels = jnp.zeros(8, jnp.int32)
 
     def step(variables, images):
-        gradient = jax.grad(loss, has_aux=True)
-        grads, batch_stats = gradient(variables["params"], variables["batch_stats"], images)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
-        return {"params": params, "batch_stats": batch_stats}
+        found = network.gradients(*variables, images, labels)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables[0], found.gradients)
+        return params, found.batch_stats
 
     def train(variables, images_NBHWC):
         def all_trials(variables, images):
@@ -468,10 +476,7 @@ def training_loop_layouts(convolution, side):
 
         return lax.scan(all_trials, variables, images_NBHWC)[0]
 
-    def init(keys):
-        return jax.vmap(lambda key: models.init(module, key, (side, side, 3)))(keys)
-
-    variables = jax.eval_shape(init, jax.random.split(jax.random.key(0), TRIALS))
+    variables = jax.eval_shape(jax.vmap(network.init), jax.random.split(jax.random.key(0), TRIALS))
     images = jax.ShapeDtypeStruct((4, 8, side, side, 3), jnp.float32)
     with jax.default_device(jax.devices("cpu")[0]):
         lowered = quick_jit(train).lower(variables, images)
@@ -485,11 +490,12 @@ def test_products_have_no_slow_convolution_in_a_training_loop():
 
 
 @pytest.mark.parametrize("side", [16, 8])
-def test_mended_has_no_slow_convolution_in_a_training_loop(side):
+def test_mended_has_no_slow_convolution_in_a_training_loop(side, monkeypatch):
     """XLA's CPU backend is fast in a loop only on the canonical layout (jax-ml/jax#12868).
 
     The last module's images are 2x2 and 1x1 here, where XLA likes to exchange image and kernel.
     """
+    monkeypatch.setitem(kernels.KERNELS, "mended", Mended)
     layouts = training_loop_layouts("mended", side)
     assert set(layouts) == {CANONICAL}
     # 12 convolutions forward, and for kernels; one less for images; a few may become products.
@@ -497,9 +503,8 @@ def test_mended_has_no_slow_convolution_in_a_training_loop(side):
 
 
 def test_plain_has_slow_convolutions_in_a_training_loop():
-    """If this fails, XLA no longer needs the mended formulation: measure, then remove it."""
-    layouts = training_loop_layouts("plain", 16)
-    assert layouts[CANONICAL] > 0
+    """If this fails, XLA no longer needs the mended convolutions: measure, then remove them."""
+    layouts = training_loop_layouts("mapped", 16)
     assert layouts.total() - layouts[CANONICAL] >= 12, layouts
 
 
@@ -513,33 +518,28 @@ def test_taps_that_see_only_padding_cost_nothing():
     assert "pad[" in text  # the kernel's gradient is zero for the other eight
 
 
-def test_padding_by_name():
-    images, kernel, _ = (a[0] for a in operands((3, 1, 2), (7, 8), jnp.float32))
-    for padding in ("SAME", "VALID"):
-        actual, expected = (
-            conv(name)(images, kernel, (2, 2), padding, dimension_numbers=NHWC) for name in ("mended", "plain")
-        )
-        assert_close(actual, expected, 1e-6)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("trials", "group"), [(1, 1), (3, 1), (3, 3), (5, 5), (4, 2), (6, 3), (6, 2)])
+def test_packed_convolutions_equal_one_for_each_trial(kind, trials, group):
+    """Values, and gradients of images and kernels, in float64."""
+    taps, _, stride = kind
+    with jax.enable_x64(True):
+        images, kernel, gradient = operands(kind, (7, 8), jnp.float64, trials)
+        kernel_TOhwI = kernel.transpose(0, 4, 1, 2, 3)
 
+        def loss(form, images, kernel_TOhwI):
+            def block(images, kernel_TOhwI, gradient):
+                made = kernels.of(form, len(images), "float64")
+                x = made.convolution(made.enter(images), kernel_TOhwI, None, stride)
+                return (made.by_trial(x, x.values).values * gradient).sum()
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rhs_dilation": (2, 1)},
-        {"lhs_dilation": (1, 2)},
-        {"feature_group_count": 3},
-        {"batch_group_count": 3},
-        {"dimension_numbers": None},
-        {"preferred_element_type": jnp.float32},
-    ],
-)
-def test_refuses_other_convolutions(options):
-    images, kernel, _ = (a[0] for a in operands((3, 1, 1), (7, 8), jnp.float32))
-    with pytest.raises(ValueError, match="use the plain one"):
-        conv("mended")(images, kernel, (1, 1), ((1, 1), (1, 1)), **{"dimension_numbers": NHWC} | options)
+            if form.block > 1:
+                return block(images, kernel_TOhwI, gradient)
+            return sum(block(*(a[t : t + 1] for a in (images, kernel_TOhwI, gradient))) for t in range(trials))
 
-
-def test_unknown_name_is_refused():
-    assert all(callable(conv(name)) for name in FORMULATIONS if name != "native")
-    with pytest.raises(InputError, match=r"'fast'.*plain, mended"):
-        conv("fast")
+        both = [
+            quick_jit(jax.value_and_grad(partial(loss, form), (0, 1)))(images, kernel_TOhwI)
+            for form in (Form("packed", trials, group), Form("mapped"))
+        ]
+        assert taps in kernel_TOhwI.shape
+        assert_close(*both, 1e-13)
