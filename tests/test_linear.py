@@ -11,10 +11,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import linear, native
+from plastic_jax.kernels import Form, dense, library, of
 
-needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
-LAYER = (((1,), (0,)), ((), ()))
+needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 # Around the width of a vector, of two, and of a block of rows; a column, a row, a single value.
 SHAPES = [
     (1, 1, 1),
@@ -37,7 +36,7 @@ def operands(shape, dtype):
 
 
 def with_gradients(dot, x, kernel, gradient):
-    out, back = jax.vjp(lambda x, kernel: dot(x, kernel, LAYER), x, kernel)
+    out, back = jax.vjp(lambda x, kernel: dot(x, kernel), x, kernel)
     return out, *back(gradient)
 
 
@@ -47,7 +46,7 @@ def with_gradients(dot, x, kernel, gradient):
 def test_equals_numpy(shape, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         x, kernel, gradient = operands(shape, dtype)
-        compiled = jax.jit(lambda *a: with_gradients(linear.dot("native"), *a))
+        compiled = jax.jit(lambda *a: with_gradients(dense.product, *a))
         assert str(jax.make_jaxpr(compiled)(x, kernel, gradient)).count("ffi_call") >= 3
         found = compiled(x, kernel, gradient)
     x, kernel, gradient = (np.asarray(a, np.float64) for a in (x, kernel, gradient))
@@ -60,7 +59,7 @@ def test_equals_numpy(shape, dtype, tolerance):
 def test_a_nan_stays_in_its_row_and_column_and_in_no_scratch():
     """Of a wide kernel, and of one that is narrower than a vector, which is copied first."""
     x, kernel, _ = operands((9, 6, 21), "float32")
-    dot = jax.jit(lambda x, kernel: linear.dot("native")(x, kernel, LAYER))
+    dot = jax.jit(lambda x, kernel: dense.product(x, kernel))
     clean = dot(x, kernel)
     assert (dot(x, kernel) == clean).all()
     found = np.isnan(dot(x.at[4, 2].set(jnp.nan), kernel))
@@ -78,10 +77,10 @@ def test_derivatives_of_gradients_equal_xlas():
         x, kernel, direction = operands((5, 4, 4), "float64")[0], *operands((4, 4, 4), "float64")[:2]
 
         def loss(dot, kernel):
-            return jnp.sum(jnp.tanh(dot(jnp.tanh(dot(x, kernel, LAYER)), kernel, LAYER)) ** 2)
+            return jnp.sum(jnp.tanh(dot(jnp.tanh(dot(x, kernel)), kernel)) ** 2)
 
         native_one, plain = (
-            jax.jvp(jax.grad(partial(loss, linear.dot(name))), (kernel,), (direction,)) for name in ("native", "plain")
+            jax.jvp(jax.grad(partial(loss, dot)), (kernel,), (direction,)) for dot in (dense.product, jnp.matmul)
         )
         for a, b in zip(native_one, plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -90,11 +89,11 @@ def test_derivatives_of_gradients_equal_xlas():
 @needs_compiler
 def test_under_vmap_scan_and_shard_map_it_is_the_same_to_the_bit():
     x, kernel, gradient = operands((16, 6, 10), "float32")
-    alone = [with_gradients(linear.dot("native"), x[i : i + 8], kernel, gradient[i : i + 8]) for i in (0, 8)]
+    alone = [with_gradients(dense.product, x[i : i + 8], kernel, gradient[i : i + 8]) for i in (0, 8)]
     pairs, grads = x.reshape(2, 8, 6), gradient.reshape(2, 8, 10)
 
     def one(x, gradient):
-        return with_gradients(linear.dot("native"), x, kernel, gradient)
+        return with_gradients(dense.product, x, kernel, gradient)
 
     mesh = jax.make_mesh((2,), ("trials",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     sharded = jax.shard_map(
@@ -113,23 +112,25 @@ def test_under_vmap_scan_and_shard_map_it_is_the_same_to_the_bit():
 
 @needs_compiler
 def test_what_is_not_written_there_is_xlas():
-    native_dot = linear.dot("native")
     x, kernel, _ = operands((4, 3, 2), "float32")
-    for *both, numbers in (
-        (x.astype("bfloat16"), kernel.astype("bfloat16"), LAYER),
-        (x[None], kernel, (((2,), (0,)), ((), ()))),
-        (x, x, (((1,), (1,)), ((), ()))),
-        (x[:0], kernel, LAYER),
-    ):
-        text = str(jax.make_jaxpr(lambda a, b, numbers=numbers: native_dot(a, b, numbers))(*both))
-        assert "ffi_call" not in text
-        np.testing.assert_array_equal(native_dot(*both, numbers), lax.dot_general(*both, numbers))
+    for both in ((x.astype("bfloat16"), kernel.astype("bfloat16")), (x[:0], kernel)):
+        assert "ffi_call" not in str(jax.make_jaxpr(dense.product)(*both))
+        np.testing.assert_array_equal(dense.product(*both), both[0] @ both[1])
+
+
+@needs_compiler
+def test_hidden_layers_are_native_and_a_head_of_few_columns_is_xlas():
+    for outputs, calls in ((16, 1), (10, 0)):
+        x, kernel, _ = operands((4, 3, outputs), "float32")
+        made = of(Form("native"), 1, "float32")
+        text = str(jax.make_jaxpr(lambda x, k, made=made: made.product(x[None], k[None]))(x, kernel))
+        assert text.count("ffi_call[") == calls
 
 
 def test_native_is_refused_where_there_is_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(native, "_reason", native._reason.__wrapped__)  # what other tests have loaded stays
+    monkeypatch.setattr(library, "_reason", library._reason.__wrapped__)  # what other tests have loaded stays
+    x, kernel, _ = operands((4, 3, 2), "float32")
     with pytest.raises(InputError, match=r"'native'.* there is none"):
-        linear.dot("native")
-    assert linear.dot("plain") is lax.dot_general
+        dense.product(x, kernel)
