@@ -139,7 +139,7 @@ def test_equals_pytorch(name, dtype, form, tolerance):
                 return train, evaluated, {}
             return train, evaluated, jax.grad(partial(evaluation_loss, network))(*trials)
 
-        results = both_modes(params, stats, images, labels)
+        results = jax.device_get(both_modes(params, stats, images, labels))
     kinds = {leaf.dtype for leaf in jax.tree.leaves(results)}
     assert kinds == {np.dtype(dtype), np.dtype("int32")}  # hits are counted
     assert {leaf.shape[0] for leaf in jax.tree.leaves(results)} == {len(scales)}
