@@ -69,17 +69,16 @@ def evaluation_loss(network, params, stats, images, labels):
     return -jnp.mean(picked, (1, 2)).sum()
 
 
-def over(network, function, axes=0):
-    """A function of one trial, for a block of them."""
-    if network.form.block > 1:
-        return jax.vmap(function, axes)
-    axes = axes if isinstance(axes, tuple) else (axes,) * 5
+def over(network, function, shared=0):
+    """A function of one trial, for a block of them; the last `shared` arguments are the same for all."""
 
-    def one(*block):
-        trial = [given if axis is None else cut(given, 0) for given, axis in zip(block, axes, strict=False)]
-        return jax.tree.map(lambda leaf: leaf[None], function(*trial))
+    def block(*given):
+        own = len(given) - shared
+        if network.form.block > 1:
+            return jax.vmap(function, (0,) * own + (None,) * shared)(*given)
+        return jax.tree.map(lambda leaf: leaf[None], function(*cut(given[:own], 0), *given[own:]))
 
-    return one
+    return block
 
 
 def cut(block, trial):
@@ -323,7 +322,7 @@ def step_text(network, params, stats, images):
     """The jaxpr of a training step's gradient, of a block of alike trials."""
     labels = jnp.zeros(images.shape[0], jnp.int32)
     block = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (network.form.block, *leaf.shape)), (params, stats))
-    gradients = over(network, network.gradients, (0, 0, None, None))
+    gradients = over(network, network.gradients, shared=2)
     return str(jax.make_jaxpr(gradients)(*block, images, labels))
 
 
@@ -439,7 +438,7 @@ def test_gradient_of_relu_at_zero_is_zero(form):
     network = build("mlp", (2, 2, 1), form, norm="none", initialisation="he")
     params, stats = quick_jit(jax.vmap(network.init))(jax.random.split(jax.random.key(0), network.form.block))
     images, labels = np.zeros((3, 2, 2, 1), np.float32), np.asarray([0, 1, 1], np.int32)
-    grads = quick_jit(over(network, network.gradients, (0, 0, None, None)))(params, stats, images, labels).gradients
+    grads = quick_jit(over(network, network.gradients, shared=2))(params, stats, images, labels).gradients
     assert not np.any(grads["module_1"]["linear"]["bias"])
     assert np.all(np.any(grads["module_2"]["bias"], axis=1))
 
