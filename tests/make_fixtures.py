@@ -1,4 +1,4 @@
-"""Makes tests/fixtures/*.npz with PyTorch, the reference for models and optimisers.
+"""Makes tests/fixtures/*.npz (all but draws.npz) with PyTorch, the reference for models and optimisers.
 
 Run once, in an environment of its own (PyTorch is no dependency of the project), and again only
 when a fixture's content has to change:
