@@ -97,7 +97,9 @@ def same_config(path: Path, config: dict[str, Any], experiment: str) -> bool:
     try:
         old, name = held["config"], held["experiment"]
         if set(old) & set(REPLACED):  # an earlier version's: what is new since then had no effect there
-            old = {n: v for n, v in old.items() if n not in REPLACED}
+            convolution = old.get("convolution")
+            kept = {"kernels": convolution} if convolution in ("native", "products") else {}
+            old = {n: v for n, v in old.items() if n not in REPLACED} | kept
             old = {n: f.default for n, f in FIELDS.items() if n not in old} | old
         differing = [n for n in sorted({*old, *config}) if old.get(n) != config.get(n) and n not in UNESSENTIAL]
     except (TypeError, KeyError, AttributeError):

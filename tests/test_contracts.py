@@ -212,13 +212,16 @@ def test_a_schedule_that_depends_on_the_length_is_not_shared():
 # 5. No host work in a chunk, no recompilation.
 
 
-def test_dynamic_values_share_one_compiled_program():
+@pytest.mark.parametrize(("kernels", "block"), [("mapped", 1), ("packed", 2)])
+def test_dynamic_values_share_one_compiled_program(kernels, block):
+    """Nor does a second run of the program compile anything, nor one that is resumed."""
     study = tiny.study(
         learning_rate=(0.001, 0.01), weight_decay=(0.0, 0.1), label_noise=(0.0, 0.2), pretraining_fraction=(0.4, 0.7),
         tuning_learning_rate_factor=(1.0, 3.0), warm_start_epochs=(0, 3), batch_stats=("carry", "restart"),
         seeds=1, equal_updates=False, width=7,  # a width of its own: no other test has compiled it
+        schedule=("constant", "cosine"),
     )  # fmt: skip
-    (run,) = tiny.programs(study, Formulation("mapped", slots=4))
+    (run,) = tiny.programs(study, Formulation(kernels, block, 1, 4))
     compilations = []
 
     def heard(event: str, _: float, **more: str) -> None:
@@ -226,8 +229,15 @@ def test_dynamic_values_share_one_compiled_program():
             compilations.append(more.get("fun_name"))
 
     jax.monitoring.register_event_duration_secs_listener(heard)
+    run.step()
+    snapshot = run.snapshot()
     while run.step():
         pass
+    (second,), (resumed,) = (tiny.programs(study, Formulation(kernels, block, 1, 4)) for _ in range(2))
+    resumed.resume(*snapshot)
+    for again in (second, resumed):
+        for _ in range(3):  # from its start, and from the middle
+            again.step()
     ours = [name for name in compilations if name in {"jit(chunk)", "jit(start)", "jit(place)", "jit(fit)"}]
     assert sorted(ours) == ["jit(chunk)", "jit(fit)", "jit(place)", "jit(start)"]
 

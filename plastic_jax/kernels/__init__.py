@@ -41,15 +41,16 @@ class Form:
     def __post_init__(self):
         if self.kernels not in KERNELS:
             raise InputError(f"kernels is {self.kernels!r}; it must be one of {', '.join(KERNELS)}.")
+        if self.kernels != "packed" and max(self.block, self.group) > 1:
+            field = "block" if self.block > 1 else "group"
+            raise InputError(
+                f"--config.{field}={max(self.block, self.group)} is not allowed with kernels={self.kernels}: these "
+                "compute one trial at a time; packed ones compute blocks."
+            )
         if min(self.block, self.group) < 1 or self.block % self.group:
             raise InputError(
                 f"--config.group={self.group} is not allowed with block={self.block}: a block holds whole groups of "
                 "trials, so that the group must divide it."
-            )
-        if self.kernels != "packed" and self.block > 1:
-            raise InputError(
-                f"--config.block={self.block} is not allowed with kernels={self.kernels}: these compute one trial at a "
-                "time; packed ones compute blocks."
             )
 
     def __str__(self) -> str:

@@ -103,14 +103,8 @@ class Mapped:
         """A matrix product for each trial."""
         return jnp.matmul(values_TBD[0], kernel_TDO[0])[None]
 
-    def batch_norm(
-        self, x: Activations, scale_TC: Array, bias_TC: Array, running_TC: Array
-    ) -> tuple[Activations, Array, Array]:
-        """Normalised by the batch's own mean and biased variance, which are [T, C].
-
-        `running_TC` is the running mean: near the batch's, for kernels that sum squares of differences from it.
-        """
-        del running_TC
+    def batch_norm(self, x: Activations, scale_TC: Array, bias_TC: Array) -> tuple[Activations, Array, Array]:
+        """Normalised by the batch's own mean and biased variance, which are [T, C]."""
         values = x.values.astype(self.real)
         axes = tuple(range(1, values.ndim - 1))
         # Two passes: the mean of squares less the squared mean cancels in float32.

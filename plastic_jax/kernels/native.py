@@ -37,12 +37,10 @@ class Native(Mapped):
             return super().product(values_TBD, kernel_TDO)
         return dense.product(values_TBD[0], kernel_TDO[0])[None]
 
-    def batch_norm(
-        self, x: Activations, scale_TC: Array, bias_TC: Array, running_TC: Array
-    ) -> tuple[Activations, Array, Array]:
+    def batch_norm(self, x: Activations, scale_TC: Array, bias_TC: Array) -> tuple[Activations, Array, Array]:
         """As `Mapped`; after a convolution, yet to be applied."""
         if not isinstance(x, _Convolved):
-            return super().batch_norm(x, scale_TC, bias_TC, running_TC)
+            return super().batch_norm(x, scale_TC, bias_TC)
         out, (mean, var) = x.unit()
         factor = scale_TC[0] * lax.rsqrt(var + EPSILON)
         return _Normed(self, out, jnp.stack([mean, factor, bias_TC[0]])), mean[None], var[None]

@@ -6,7 +6,8 @@ value may enter one, forwards or backwards. They are taken out, and the trial th
 statistics, loss and gradients (contract 6). Forwards, its `taint` is 0 times what tells of all values that were looked
 at: in training a norm's statistics, scale and bias, else the values themselves. It is NaN if anything was not finite,
 and spoils the trial's own features again where the network leaves the channels. Backwards, the gradients of scales and
-biases are sums over the gradients that were taken out, and are not finite themselves.
+biases are sums over the gradients that were taken out, and are not finite themselves; a product that overflows between
+two such sums shows in the parameters, one step later.
 """
 
 from __future__ import annotations
@@ -55,18 +56,19 @@ class Packed(Mapped):
         """A batched product."""
         return jnp.matmul(values_TBD, kernel_TDO)
 
-    def batch_norm(
-        self, x: Activations, scale_TC: Array, bias_TC: Array, running_TC: Array
-    ) -> tuple[Activations, Array, Array]:
+    def batch_norm(self, x: Activations, scale_TC: Array, bias_TC: Array) -> tuple[Activations, Array, Array]:
         """As `Mapped`, but of images in one pass for the sums forwards and one for those backwards."""
         if x.values.ndim == 3:  # few values; and of the bias before it Adam sees nothing but the rounding
-            return super().batch_norm(x, scale_TC, bias_TC, running_TC)
+            return super().batch_norm(x, scale_TC, bias_TC)
         per = partial(self.per_channel, like=x.values)
-        shift = lax.stop_gradient(per(running_TC))
-        found: Any = _batch_norm(x.values, per(scale_TC), per(bias_TC), shift, self.dtype, self.real)
+        found: Any = _batch_norm(x.values, per(scale_TC), per(bias_TC), self.dtype, self.real)
         values, mean, var = found
         mean, var = self.per_trial(mean), self.per_trial(var)
-        return self._tainted(x.with_values(values), mean, var, scale_TC, bias_TC), mean, var
+        # What comes out of the norm, and what it is multiplied with, may be too large where these are not: no standard
+        # value is above the root of their number.
+        most = jnp.abs(scale_TC) * (x.values.size / mean.size) ** 0.5 + jnp.abs(bias_TC)
+        factor = scale_TC * lax.rsqrt(var + EPSILON)
+        return self._tainted(x.with_values(values), mean, var, most, factor), mean, var
 
     def relu(self, x: Activations) -> Activations:
         """As `Mapped`; what is not finite becomes 0 where it could reach another trial."""
@@ -163,14 +165,16 @@ def _relu_backward(_: bool, out: Array, gradient: Array) -> tuple[Array]:
 _relu.defvjp(_relu_forward, _relu_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _batch_norm(values: Array, scale: Array, bias: Array, shift: Array, dtype: Any, real: Any) -> Any:
-    """Normalised values, mean and biased variance; `shift` lies near the mean, or the sums of squares would cancel."""
-    return _batch_norm_forward(values, scale, bias, shift, dtype, real)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(values: Array, scale: Array, bias: Array, dtype: Any, real: Any) -> Any:
+    """Normalised values, mean and biased variance."""
+    return _batch_norm_forward(values, scale, bias, dtype, real)[0]
 
 
-def _batch_norm_forward(values: Array, scale: Array, bias: Array, shift: Array, dtype: Any, real: Any) -> Any:
+def _batch_norm_forward(values: Array, scale: Array, bias: Array, dtype: Any, real: Any) -> Any:
     axes = tuple(range(1, values.ndim - 1))
+    # Sums of squares would cancel far from zero: so they are of differences from one of the values.
+    shift = values[:, :1, :1, :1].astype(real)
     away = values.astype(real) - shift
     n = values.size // scale.size
     first, second = (total / n for total in _sums(away, jnp.square(away), axes))
@@ -187,8 +191,10 @@ def _batch_norm_backward(dtype: Any, real: Any, saved: Any, gradients: Any) -> A
     standard = (values.astype(real) - mean) * inverse
     of_bias, of_scale = _sums(gradient, gradient * standard, axes)
     n = values.size // scale.size
-    of_values = (gradient - of_bias / n - standard * (of_scale / n)) * (scale * inverse)
-    return of_values.astype(values.dtype), of_scale, of_bias, jnp.zeros_like(mean)
+    factor = scale * inverse
+    of_values = (gradient - of_bias / n - standard * (of_scale / n)) * factor
+    # What overflows in this product is taken out further back: it shows here.
+    return of_values.astype(values.dtype), of_scale + 0 * (of_scale * factor) + 0 * (of_bias * factor), of_bias
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

@@ -71,7 +71,7 @@ class BatchNorm(nn.Module):
         if not train:
             return x.kernels.normalise(x, running_mean.value, running_var.value, scale, bias)
         n = math.prod(x.shape[:-1])
-        x, mean, var = x.kernels.batch_norm(x, scale, bias, running_mean.value)
+        x, mean, var = x.kernels.batch_norm(x, scale, bias)
         running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
         unbiased = var * (n / max(n - 1, 1))
         running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * unbiased

@@ -183,7 +183,7 @@ class Core:
     def _evaluate(self, state: State, images: Array, ids: Array, labels: Array, count: Array | int) -> Any:
         """Mean loss and accuracy of the first `count` of `ids` [n], with running statistics (contract 8)."""
         most, size = ids.shape[0], self.point.batch_size
-        if not self.evenly:
+        if not (self.evenly and 64 <= size <= min(most, EVALUATION_BATCH)):  # else of too many batches, or too few
             size = math.ceil(most / math.ceil(most / EVALUATION_BATCH))
         batches = math.ceil(most / size)
         pad = batches * size - most

@@ -65,7 +65,9 @@ class Batched:
 
 
 def _shapes(arguments: Any) -> Any:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+    """What a program depends on, beside the function: the arguments' shapes and types, and JAX's precision."""
+    precise = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision  # pyright: ignore
+    return precise, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
 
 
 def over_trials(function: Callable[..., Any], block: int, over: Mesh, donate: tuple[int, ...] = ()) -> Batched:
