@@ -41,6 +41,7 @@ def absent(config: dict[str, Any], platform: str) -> None:
     most = max(_trials(config.pop("trials")))
     config.pop("minutes")
     compile_for.absent(platform)
+    jax.config.update("jax_enable_compilation_cache", False)  # what it holds, no absent device can load
     if not config["compute_dtype"]:
         config["compute_dtype"] = "bfloat16"
     for point in benchmark.networks(config, gpu=True):

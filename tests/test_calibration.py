@@ -163,7 +163,7 @@ def test_a_set_form_is_taken_unmeasured():
         ({"group": 2}, "mlp", "gpu", "group=2 is not allowed with model=mlp"),
         ({"kernels": "native", "block": 2}, "resnet", "cpu", "block=2 is not allowed with kernels=native"),
         ({"kernels": "mapped", "block": 2}, "mlp", "tpu", "block=2 is not allowed with kernels=mapped"),
-        ({"kernels": "mapped", "group": 2}, "resnet", "gpu", "group=2 is not allowed with block=1"),
+        ({"kernels": "mapped", "group": 2}, "resnet", "gpu", "group=2 is not allowed with kernels=mapped"),
         ({"kernels": "native"}, "resnet", "gpu", "programs for gpu cannot call it"),
         ({"kernels": "products"}, "resnet", "gpu", "kernels=products is not allowed on gpu"),
         ({"block": 8, "trials_per_device": 4}, "mlp", "gpu", "block=8 is not allowed with trials_per_device=4"),

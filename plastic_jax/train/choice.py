@@ -51,9 +51,10 @@ def candidates(sweep: Sweep, point: Config, backend: str, leaves: int, measured:
             f"--config.group={sweep.group} is not allowed with model={point.model}: it has no convolutions whose "
             "channels trials could share; 0 or 1 here."
         )
-    if 0 < sweep.trials_per_device < sweep.block:
+    if 0 < sweep.trials_per_device < max(sweep.block, sweep.group):
+        field = "block" if sweep.block > sweep.trials_per_device else "group"
         raise InputError(
-            f"--config.block={sweep.block} is not allowed with trials_per_device={sweep.trials_per_device}: a device "
+            f"--config.{field}={getattr(sweep, field)} is not allowed with trials_per_device={sweep.trials_per_device}: a device "
             "computes whole blocks, so that at most as many can be together."
         )
     wanted = sweep.kernels
