@@ -54,8 +54,9 @@ def candidates(sweep: Sweep, point: Config, backend: str, leaves: int, measured:
     if 0 < sweep.trials_per_device < max(sweep.block, sweep.group):
         field = "block" if sweep.block > sweep.trials_per_device else "group"
         raise InputError(
-            f"--config.{field}={getattr(sweep, field)} is not allowed with trials_per_device={sweep.trials_per_device}: a device "
-            "computes whole blocks, so that at most as many can be together."
+            f"--config.{field}={getattr(sweep, field)} is not allowed with "
+            f"trials_per_device={sweep.trials_per_device}: a device computes whole blocks, so that at most as many can "
+            "be together."
         )
     wanted = sweep.kernels
     if wanted == "auto" and max(sweep.block, sweep.group) > 1:
