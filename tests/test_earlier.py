@@ -21,7 +21,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "earlier"
 FINISHED = (
     "--config.model=resnet --config.width=2 --config.depth=1 --config.norm=batch --config.initialisation=pytorch "
     "--config.seeds=1 --config.warm_start_epochs=(0,1) --config.tuning_epochs=2 --config.metric_epochs=1 "
-    "--config.keep=ends"
+    "--config.keep=ends --config.kernels=products"  # --config.convolution=products, then
 )
 UNFINISHED = (
     "--config.width=4 --config.depth=1 --config.seeds=1 --config.warm_start_epochs=(0,1) --config.tuning_epochs=900000 "
@@ -66,7 +66,7 @@ def test_a_finished_one_is_reported_and_trains_nothing(tmp_path):
     ("name", "arguments", "words"),
     [
         ("unfinished", UNFINISHED, ["unfinished run of an earlier version", "77d88ee", "name another folder"]),
-        ("finished", FINISHED + " --config.kernels=products", ["another config", "kernels was 'auto'"]),
+        ("finished", FINISHED + " --config.kernels=mapped", ["another config", "kernels was 'products'"]),
         ("finished", FINISHED + " --config.convolution=products", ["--config.convolution", "kernels"]),
         ("finished", FINISHED + " --config.trial_axis=map", ["--config.trial_axis", "kernels"]),
     ],
