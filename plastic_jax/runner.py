@@ -137,7 +137,6 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
         if going_on:
             formulations = _recorded(path, len(programs))
             _check_data(path, sets)
-            _note_session(path, options)
         else:
             described = describe(study, programs, specs, options.device_memory_gib, measure=True)
             formulations = [Formulation(**p["formulation"]) for p in described["programs"]]
@@ -146,7 +145,7 @@ def _run(of: experiment.Experiment, sweep: Sweep, options: Options, say: Callabl
             workdir.write_json(path / "plan.json", described)
             workdir.write_json(path / "config.json", _config_file(of, study, sets, options))
         training = Training(of, study, programs, formulations, sets, path, options, say)
-        training.run()
+        training.run(going_on)
         return load(path)
 
 
@@ -262,15 +261,15 @@ class Training:
         yield
         self.spent[on] += time.monotonic() - begin
 
-    def run(self) -> None:
-        """Train what is not trained yet, then report, and say where the time went."""
+    def run(self, going_on: bool) -> None:
+        """Train what is not trained yet, then report, and say where the time went; `going_on`: after a run before."""
         began = time.monotonic()
         checkpoints = Checkpoints(self.path / "checkpoints" / "run")
         tracker = self._tracker()
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._catch()
-            self._train(checkpoints, tracker)
+            self._train(checkpoints, tracker, going_on)
         finally:
             for number, handler in before.items():
                 _set_signal(number, handler)
@@ -294,7 +293,7 @@ class Training:
         for number in (signal.SIGINT, signal.SIGTERM):
             _set_signal(number, asked)
 
-    def _train(self, checkpoints: Checkpoints, tracker: tracking.Tracker) -> None:
+    def _train(self, checkpoints: Checkpoints, tracker: tracking.Tracker, going_on: bool) -> None:
         from tqdm import tqdm
 
         found = checkpoints.restore(self.say)
@@ -303,18 +302,21 @@ class Training:
         if found:
             arrays, host = found
         self.done += [_records(program) for program in host["done"]]
-        total = sum(p.shared_steps for p in self.programs)
-        passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
-        bar = tqdm(
-            total=total, initial=passed, unit=" steps", unit_scale=True, desc="training", smoothing=0.05,
-            disable=not self.options.progress, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        )  # fmt: skip
         begun = str(self.config.get("commit"))
         if None in self.formulations[len(self.done) :]:
             raise InputError(
                 f"--workdir={self.path} holds an unfinished run of an earlier version (commit {begun}), whose states "
                 "are laid out otherwise: finish it with that version, or name another folder."
             )
+        if going_on:
+            _note_session(self.path, self.options)
+            self.config = workdir.read_json(self.path / "config.json")
+        total = sum(p.shared_steps for p in self.programs)
+        passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
+        bar = tqdm(
+            total=total, initial=passed, unit=" steps", unit_scale=True, desc="training", smoothing=0.05,
+            disable=not self.options.progress, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )  # fmt: skip
         if found:
             self._write_table()
             self.say(f"Going on from the checkpoint in {checkpoints.directory}.")

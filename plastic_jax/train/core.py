@@ -23,6 +23,13 @@ from plastic_jax.trial import NO_MIXTURE
 EVALUATION_BATCH = 512
 
 
+def evaluation_batch(examples: int, batch_size: int, evenly: bool) -> int:
+    """Images that pass through the network together: `evenly`, so many as in training, if that is no odd number."""
+    if evenly and 64 <= batch_size <= min(examples, EVALUATION_BATCH):
+        return batch_size
+    return math.ceil(examples / max(1, math.ceil(examples / EVALUATION_BATCH)))
+
+
 class Core:
     """A program's pure functions for one trial; static values come from `point` and `shape` [H, W, C]."""
 
@@ -182,9 +189,8 @@ class Core:
 
     def _evaluate(self, state: State, images: Array, ids: Array, labels: Array, count: Array | int) -> Any:
         """Mean loss and accuracy of the first `count` of `ids` [n], with running statistics (contract 8)."""
-        most, size = ids.shape[0], self.point.batch_size
-        if not (self.evenly and 64 <= size <= min(most, EVALUATION_BATCH)):  # else of too many batches, or too few
-            size = math.ceil(most / math.ceil(most / EVALUATION_BATCH))
+        most = ids.shape[0]
+        size = evaluation_batch(most, self.point.batch_size, self.evenly)
         batches = math.ceil(most / size)
         pad = batches * size - most
         ids, labels = jnp.pad(ids, (0, pad)), jnp.pad(labels, (0, pad))

@@ -143,9 +143,12 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
     state = carried + 4 * (3 * n + held_back)
 
     training = batch * (_KEPT[point.norm] * net.outputs * computed + pixels * value) + 4 * _ORDERS * n
-    evaluated = max(_evaluation_batch(size) for size in (spec.test_examples, held_back, n))
+    sizes = spec.test_examples, held_back, n
+    evaluated, evenly = (
+        max(core.evaluation_batch(size, batch, packed) for size in sizes) for packed in (False, net.convolutional)
+    )
     image = net.alive * computed + pixels * value
-    evaluation, between = evaluated * image, (batch if net.convolutional else evaluated) * image
+    evaluation, between = evaluated * image, evenly * image
     activations = max(training, evaluation, 4 * _SORT * n)
     kept = _KEPT_PACKED[point.norm] if net.convolutional else _KEPT_MLP
     packed = int(batch * computed * (kept * net.outputs + pixels)) + (0 if net.convolutional else computed * parameters)
@@ -176,11 +179,6 @@ def parameters_count(point: Config, spec: DatasetSpec) -> int:
     point = dataclasses.replace(point, compute_dtype="float32")  # counts the same, also where JAX has no float64
     network = models.network(point, spec.shape, spec.classes, Form("mapped"))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.shapes()["params"]))
-
-
-def _evaluation_batch(examples: int) -> int:
-    """Images that pass through the network together where `examples` are evaluated (`Core._evaluate`)."""
-    return -(-examples // max(1, -(-examples // core.EVALUATION_BATCH)))
 
 
 @dataclass
