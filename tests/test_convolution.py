@@ -522,7 +522,7 @@ def test_taps_that_see_only_padding_cost_nothing():
 @pytest.mark.parametrize(("trials", "group"), [(1, 1), (3, 1), (3, 3), (5, 5), (4, 2), (6, 3), (6, 2)])
 def test_packed_convolutions_equal_one_for_each_trial(kind, trials, group):
     """Values, and gradients of images and kernels, in float64."""
-    taps, _, stride = kind
+    stride = kind[2]
     with jax.enable_x64(True):
         images, kernel, gradient = operands(kind, (7, 8), jnp.float64, trials)
         kernel_TOhwI = kernel.transpose(0, 4, 1, 2, 3)
@@ -541,5 +541,4 @@ def test_packed_convolutions_equal_one_for_each_trial(kind, trials, group):
             quick_jit(jax.value_and_grad(partial(loss, form), (0, 1)))(images, kernel_TOhwI)
             for form in (Form("packed", trials, group), Form("mapped"))
         ]
-        assert taps in kernel_TOhwI.shape
         assert_close(*both, 1e-13)
