@@ -519,7 +519,10 @@ def test_taps_that_see_only_padding_cost_nothing():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("trials", "group"), [(1, 1), (3, 1), (3, 3), (5, 5), (4, 2), (6, 3), (6, 2)])
+@pytest.mark.parametrize(
+    ("trials", "group"),
+    [(1, 1), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4), (5, 1), (5, 5), (6, 1), (6, 2), (6, 3), (6, 6)],
+)
 def test_packed_convolutions_equal_one_for_each_trial(kind, trials, group):
     """Values, and gradients of images and kernels, in float64."""
     stride = kind[2]

@@ -22,7 +22,6 @@ from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.torch_worker import Work
 from plastic_jax.train import calibration, costs
-from plastic_jax.train.trial_axis import Formulation
 
 SMALL = Config(model="mlp", width=8, depth=1, norm="none", batch_size=8)
 SPEC = DatasetSpec("noise", 50, 30, (4, 4, 1), 5)
@@ -33,21 +32,6 @@ MAPPED = Form("mapped")
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PLASTIC_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(calibration, "SECONDS", 0.01)
-
-
-def test_the_benchmark_trains_what_it_times():
-    """The rows' trials really move on: steps are counted by the core itself."""
-    dataset = calibration.synthetic(SPEC, 40)
-    run = calibration.trainer(SMALL, dataset, Formulation("mapped", slots=4), jax.local_devices()[:2])
-    counted = 0
-    for epochs in (1, 1, 1, 4, 3):  # from epoch 3 to the multiple of 4, then to that of 3
-        seconds, steps = calibration.train(run, epochs)
-        assert seconds > 0
-        counted += steps
-        assert run.steps_done == counted
-    assert counted == 4 * 6 * 5
-    assert all(math.isfinite(r["train_loss"]) for records in run.records.values() for r in records)
-    assert run.chunk_bytes() > 4 * costs.costs(SMALL, dataset.spec).state_bytes / 2
 
 
 @pytest.fixture
@@ -106,13 +90,15 @@ def test_rows_that_compile_side_by_side_give_what_they_give_one_by_one(quick, mo
 
     monkeypatch.setattr(benchmark, "rows_of", rows_of)
     trainer, started, most = calibration.trainer, {}, []
+    others = set(threading.enumerate())  # pools that JAX and Orbax keep from earlier tests
 
     def watched(point, dataset, form, devices):
         run = started[form, len(devices)] = trainer(point, dataset, form, devices)
         return run
 
     def begin(row, seconds):
-        most.append(sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()))
+        own = set(threading.enumerate()) - others
+        most.append(sum(thread.name.startswith("ThreadPoolExecutor") for thread in own))
         real(row, seconds)
 
     real = benchmark_rows.Row.begin

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import Array
 
 from plastic_jax.kernels import loops
@@ -21,5 +23,5 @@ def product_convolution(images_BHWC: Array, kernel_HWIO: Array, stride: int, pad
     return loops.convolution(images_BHWC, kernel_HWIO, (stride, stride), ((pad, pad), (pad, pad)), _convolve)
 
 
-def _convolve(images, kernel, strides, pads, precision):
-    return loops.differentiable(images, kernel, strides, pads, precision, "products")
+def _convolve(*convolution: Any) -> Array:
+    return loops.differentiable(*convolution, "products")
