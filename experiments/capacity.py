@@ -12,10 +12,10 @@ The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 from typing import Any
 
 from experiments import warm_start
-from plastic_jax import arm_figures, figures
-from plastic_jax.entry import main
-from plastic_jax.experiment import Drawing, Experiment, Table
-from plastic_jax.results import Setting
+from plastic_jax.report import arm_figures, figures
+from plastic_jax.results.tables import Setting
+from plastic_jax.running.cli import main
+from plastic_jax.running.experiment import Drawing, Experiment, Table
 
 QUICKSTART = {
     **warm_start.QUICKSTART,  # the same data and training

@@ -4,7 +4,7 @@
 
 Reads the runs' folders, of any of the experiments, prints the table, and writes claims.json and claims.md. Each claim
 is supported, refuted, undecided or not fitted, for the run's own model and data set, by the rules at the head of
-plastic_jax/claims.py. Takes seconds and trains nothing.
+plastic_jax/claims/rules.py. Takes seconds and trains nothing.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import app, flags
 
 from plastic_jax.errors import InputError
-from plastic_jax.experiment import Experiment
+from plastic_jax.running.experiment import Experiment
 
 _OUT = flags.DEFINE_string("out", "runs/claims", "the folder for claims.json and claims.md")
 
@@ -35,8 +35,9 @@ def judge(workdirs: Sequence[str], out: str) -> str:
     Raises:
       InputError: no workdir, one that is named twice or cannot be judged, or a folder that cannot be written.
     """
-    from plastic_jax import claims, evidence, verdict_table, verdicts, workdir
-    from plastic_jax.results import replace_file
+    from plastic_jax.claims import evidence, rules, verdict_table, verdicts
+    from plastic_jax.results.tables import replace_file
+    from plastic_jax.running import workdir
 
     if not workdirs:
         raise InputError("no workdir is named: python -m experiments.claims WORKDIR... takes at least one.")
@@ -45,7 +46,7 @@ def judge(workdirs: Sequence[str], out: str) -> str:
         raise InputError(f"{twice[0]} is named twice: each run counts once.")
     found = verdicts.judge([evidence.read(path, find) for path in workdirs])
     try:
-        workdir.write_json(Path(out) / "claims.json", {"rules": claims.__doc__, **found})
+        workdir.write_json(Path(out) / "claims.json", {"rules": rules.__doc__, **found})
         replace_file(Path(out) / "claims.md", verdict_table.markdown(found).encode())
     except OSError as error:
         raise InputError(f"--out={out} cannot be written ({error.strerror or error}): name another folder.") from None

@@ -19,8 +19,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from plastic_jax.entry import last_wins, parse, refuse
 from plastic_jax.errors import InputError
+from plastic_jax.running.cli import last_wins, parse, refuse
 
 FIELDS: dict[str, Any] = {
     **dict.fromkeys(("model", "width", "depth", "batch_size", "optimizer", "compute_dtype"), ()),
@@ -44,15 +44,16 @@ def main() -> None:
     def go(_: Any) -> None:
         logging.set_verbosity(logging.ERROR)
         from experiments import warm_start
-        from plastic_jax import backend, benchmark_run
+        from plastic_jax import backend
+        from plastic_jax.benchmarks import whole
 
         backend.prepare()  # before anything asks JAX for its devices
         try:
             if flags.FLAGS.compile_for:
-                benchmark_run.absent(flags.FLAGS.config.to_dict(), flags.FLAGS.compile_for)
+                whole.absent(flags.FLAGS.config.to_dict(), flags.FLAGS.compile_for)
                 return
             config, paper, fresh = flags.FLAGS.config.to_dict(), warm_start.PAPER, warm_start.EXPERIMENT.fresh
-            benchmark_run.run(config, flags.FLAGS.workdir, flags.FLAGS.torch_python, paper, fresh)
+            whole.run(config, flags.FLAGS.workdir, flags.FLAGS.torch_python, paper, fresh)
         except InputError as error:
             refuse(error)
 

@@ -12,8 +12,8 @@ every network fits its train set.
 The quickstart's time: two CPU cores, 2026-11-22.
 """
 
-from plastic_jax.entry import main
-from plastic_jax.experiment import Experiment
+from plastic_jax.running.cli import main
+from plastic_jax.running.experiment import Experiment
 
 QUICKSTART = dict(
     dataset="digits",

@@ -6,8 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plastic_jax.loading import load
-    from plastic_jax.runner import run
+    from plastic_jax.running.loading import load
+    from plastic_jax.running.runner import run
 
 __all__ = ["load", "run"]
 
@@ -15,11 +15,11 @@ __all__ = ["load", "run"]
 def __getattr__(name: str) -> Any:
     """Import on first use: `import plastic_jax` alone does not start JAX."""
     if name == "load":
-        from plastic_jax.loading import load
+        from plastic_jax.running.loading import load
 
         return load
     if name == "run":
-        from plastic_jax.runner import run
+        from plastic_jax.running.runner import run
 
         return run
     raise AttributeError(f"module 'plastic_jax' has no attribute {name!r}")

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 
 from plastic_jax import kernels, models
-from plastic_jax.config import Config
 from plastic_jax.kernels import Form
+from plastic_jax.study.config import Config
 
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

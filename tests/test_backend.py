@@ -140,7 +140,7 @@ DRAWS = """
 import hashlib, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from plastic_jax import models, sampler, streams
-from plastic_jax.config import Config
+from plastic_jax.study.config import Config
 from plastic_jax.kernels import Form
 
 drawn = hashlib.sha256()

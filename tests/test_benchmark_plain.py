@@ -6,9 +6,9 @@ import optax
 import pytest
 
 from plastic_jax import models
-from plastic_jax.benchmark_plain import Plain
-from plastic_jax.config import Config
+from plastic_jax.benchmarks.plain import Plain
 from plastic_jax.kernels import Form
+from plastic_jax.study.config import Config
 
 
 def in_flax(params, stats):

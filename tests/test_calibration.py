@@ -7,12 +7,14 @@ import math
 import jax
 import pytest
 
-from plastic_jax import backend, dry_run, plan, trial
-from plastic_jax.config import Config, Sweep
+from plastic_jax import backend
 from plastic_jax.data import DatasetSpec
 from plastic_jax.data import spec as spec_of
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, library
+from plastic_jax.running import dry_run
+from plastic_jax.study import plan, trial
+from plastic_jax.study.config import Config, Sweep
 from plastic_jax.train import calibration, costs
 from plastic_jax.train.choice import candidates, formulation
 from plastic_jax.train.trial_axis import Formulation

@@ -15,12 +15,14 @@ from synthetic import rows
 import plastic_jax
 from experiments import claims as command
 from experiments import warm_start
-from plastic_jax import claims, evidence, experiment, inference, results, verdict_table, verdicts
-from plastic_jax.claims import CLAIMS, Measured, Sample
-from plastic_jax.config import Config, canonical
+from plastic_jax.claims import evidence, rules, verdict_table, verdicts
+from plastic_jax.claims.evidence import Evidence
+from plastic_jax.claims.rules import CLAIMS, Measured, Sample
 from plastic_jax.errors import InputError
-from plastic_jax.evidence import Evidence
-from plastic_jax.results import Setting
+from plastic_jax.results import inference, tables
+from plastic_jax.results.tables import Setting
+from plastic_jax.running import experiment
+from plastic_jax.study.config import Config, canonical
 
 SEEDS, EPOCHS = 8, 40
 # fields of the experiments that are not in every config, with their values on a fresh arm
@@ -371,7 +373,7 @@ def samples(draw, n: int, *means: float) -> list[Sample]:
 
 def null_table(draw: np.random.Generator, n: int) -> list[tuple[float, float]]:
     """A row of each kind, with a truth at which both its verdicts would be false."""
-    low, margins = (-np.inf, 0.0), (-claims.MARGIN, claims.MARGIN)
+    low, margins = (-np.inf, 0.0), (-rules.MARGIN, rules.MARGIN)
     levels = np.cumsum(draw.normal(0, 0.006, (n, 4)), axis=1)
     steps = [Sample("", d, d) for d in np.diff(levels).T]
     slope = inference.trend(levels)
@@ -380,9 +382,9 @@ def null_table(draw: np.random.Generator, n: int) -> list[tuple[float, float]]:
         (Measured(samples(draw, n, 0.0)), low),
         (Measured(samples(draw, n, 0.0, -0.05, -0.05)), low),
         (Measured(samples(draw, n, 0.0, 0.0, 0.0)), low),
-        (Measured(samples(draw, n, -claims.MARGIN)), margins),
-        (Measured(samples(draw, n, -claims.MARGIN, 0.0), conditions=[gap]), margins),
-        (Measured(samples(draw, n, -claims.MARGIN, -0.05)), (-np.inf, -claims.MARGIN)),
+        (Measured(samples(draw, n, -rules.MARGIN)), margins),
+        (Measured(samples(draw, n, -rules.MARGIN, 0.0), conditions=[gap]), margins),
+        (Measured(samples(draw, n, -rules.MARGIN, -0.05)), (-np.inf, -rules.MARGIN)),
         (Measured(samples(draw, n, 0.0), conditions=[gap]), (0.0, np.inf)),
         (Measured([Sample("", slope, slope)], steps), low),
     ]
@@ -399,7 +401,7 @@ def test_any_false_verdict_in_a_table_has_five_percent_at_most(n, true):
         beside = [verdicts.weigh(Measured(samples(draw, n, -0.05)), (-np.inf, 0.0)) for _ in range(true)]
         decided = verdicts.decide(beside + table)
         false += any(verdict != "undecided" for verdict, _, _ in decided[true:])
-        plain += any(min(row) <= claims.ALPHA / 2 for row in table)
+        plain += any(min(row) <= rules.ALPHA / 2 for row in table)
     assert false / runs <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
     assert plain / runs > 0.12
 
@@ -467,7 +469,7 @@ def test_a_real_run_from_the_command_line(finished, tmp_path):
     assert own["effect"] == pytest.approx(gap["gap"]) and own["effect_ci95"] == pytest.approx(gap["gap_ci95"])
     assert own["equal_updates"] == pytest.approx(gap["gap_equal_updates"])
     assert own["verdict"] == "not fitted" and gap["verdict"] == "not fitted"
-    assert found["rules"] == claims.__doc__
+    assert found["rules"] == rules.__doc__
     assert "warm-below-fresh" in out and str(tmp_path / "out" / "claims.md") in out
     assert "| claim |" in (tmp_path / "out" / "claims.md").read_text()
 
@@ -515,11 +517,11 @@ def test_unfinished_and_damaged_runs_are_refused(finished, tmp_path):
     refused("not a finished run: it has no summary", without)
     short = Path(changed(finished, tmp_path / "short"))
     table = plastic_jax.load(finished).table
-    results.write(table[table["trial"] != 4], short / "results.parquet", ["warm_start_epochs"])
+    tables.write(table[table["trial"] != 4], short / "results.parquet", ["warm_start_epochs"])
     refused("not a finished run: 1 of its 6 trials", short)
     other = Path(changed(finished, tmp_path / "other"))
     table = table.assign(test_accuracy=table["test_accuracy"] ** 2)
-    results.write(table, other / "results.parquet", ["warm_start_epochs"])
+    tables.write(table, other / "results.parquet", ["warm_start_epochs"])
     refused("does not agree with results.parquet", other)
     (other / "results.parquet").write_bytes(b"no table")
     refused("no readable results table", other)

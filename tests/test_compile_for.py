@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from plastic_jax import benchmark_rows, compile_for
-from plastic_jax.config import Config
+from plastic_jax.benchmarks import compile_for, ways
 from plastic_jax.kernels import Form
+from plastic_jax.study.config import Config
 from plastic_jax.train import costs
 
 # A GPU's: cuDNN's convolution with a workspace, a product, fusions of each kind, an operand behind a comment.
@@ -138,7 +138,7 @@ def compiled(platform, width, block, group):
     if not INSTALLED[platform]:
         pytest.skip(f"{platform} needs the extra {compile_for.PLATFORMS[platform]}")
     point = Config(model="resnet", width=width, batch_size=128, compute_dtype="bfloat16")
-    form, spec = Form("packed", block, group), benchmark_rows.SPECS["resnet"]
+    form, spec = Form("packed", block, group), ways.SPECS["resnet"]
     step = compile_for.lowered_step(point, spec, form, compile_for.absent(platform)).compile()
     planned = costs.costs(point, spec).step_temporaries(block, group)
     return compile_for.launches(step.as_text()), step.memory_analysis().temp_size_in_bytes, planned

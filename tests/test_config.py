@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
-from plastic_jax.config import FIELDS, Sweep, canonical
 from plastic_jax.errors import InputError
+from plastic_jax.study.config import FIELDS, Sweep, canonical
 
 
 @pytest.mark.parametrize(

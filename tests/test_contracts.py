@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from plastic_jax import plan, results, sampler
-from plastic_jax.config import Config
+from plastic_jax.data import sampler
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, library
+from plastic_jax.results import tables
+from plastic_jax.study import plan
+from plastic_jax.study.config import Config
 from plastic_jax.train import core
 from plastic_jax.train.trial_axis import Formulation
 
@@ -504,7 +506,7 @@ def test_a_trial_that_diverges_right_after_an_evaluation_has_a_row_of_its_own(tm
     rates = tuple(float(10.0**k) for k in range(0, 31, 3))
     study = tiny.study(learning_rate=rates, norm="none", optimizer="sgd", equal_updates=False)
     found = tiny.trained(study)
-    results.write(found, tmp_path / "results.parquet", study.swept)
+    tables.write(found, tmp_path / "results.parquet", study.swept)
     last = found.groupby("trial").tail(1)
     assert last.diverged.sum() > 10 and not last.diverged.all()
     assert found[found.diverged].step.gt(0).all()
@@ -527,7 +529,7 @@ def test_a_control_below_a_skipped_stretch_of_tuning():
 def test_the_equal_updates_gap_of_an_arm_does_not_depend_on_other_arms():
     def gap(*lengths: int) -> float:
         study = tiny.study(warm_start_epochs=(0, *lengths), eval_every=5, tuning_epochs=12, metric_epochs=4, seeds=3)
-        setting = results.Setting(
+        setting = tables.Setting(
             study.swept,
             tuple({"arm": a.arm, **a.values} for a in study.arms),
             {a.arm: a.fresh for a in study.arms},
@@ -535,7 +537,7 @@ def test_the_equal_updates_gap_of_an_arm_does_not_depend_on_other_arms():
             True,
             5,
         )
-        rows = results.summary(tiny.trained(study), setting)
+        rows = tables.summary(tiny.trained(study), setting)
         return next(row["gap_equal_updates"] for row in rows if row["warm_start_epochs"] == 4)
 
     assert gap(4) == gap(4, 30) == gap(4, 6, 9)

@@ -14,10 +14,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from plastic_jax import kernels, models
-from plastic_jax.config import Config
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, Mapped, library, loops, units
 from plastic_jax.kernels.units import joined, unit
+from plastic_jax.study.config import Config
 
 TRIALS, BATCH, INPUTS, OUTPUTS = 2, 3, 3, 5
 # XLA's passes as always, but little of LLVM's, which is what compiling takes its time for.

@@ -9,10 +9,9 @@ import pytest
 import tiny
 
 from plastic_jax import data as data_sets
-from plastic_jax import sampler
-from plastic_jax.config import Config
-from plastic_jax.data import DatasetSpec
+from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.kernels import Form
+from plastic_jax.study.config import Config
 from plastic_jax.train import core, trial_axis
 from plastic_jax.train.costs import costs, parameters_count
 from plastic_jax.train.state import Data, Sample, Sums

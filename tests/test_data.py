@@ -23,7 +23,7 @@ import pytest
 import scipy.io
 
 from plastic_jax import data
-from plastic_jax.datasets import originals
+from plastic_jax.data import originals
 from plastic_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def test_svhn_files(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_files_in_tfds_manual_folder_are_found(tfds_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where TFDS's users put files; no --data_dir is needed then. Read in several batches."""
-    from plastic_jax.datasets import prepared
+    from plastic_jax.data import prepared
 
     monkeypatch.setattr(prepared, "_BATCH", 8)
     manual = tfds_dir / "downloads" / "manual"
@@ -281,7 +281,7 @@ def test_without_tfds_the_same_arrays(tmp_path: Path, tfds_dir: Path, monkeypatc
     write_cifar(tmp_path, "cifar100")
     through_tfds = data.load("digits")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.setitem(sys.modules, "plastic_jax.datasets.builders", None)
+    monkeypatch.setitem(sys.modules, "plastic_jax.data.builders", None)
     assert_small(data.load("cifar100", str(tmp_path)), "cifar100")
     straight = data.load("digits")
     np.testing.assert_array_equal(straight.train_images, through_tfds.train_images)
@@ -496,7 +496,7 @@ def test_a_tfds_folder_that_cannot_be_written(tmp_path: Path, tfds_dir: Path) ->
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[Path]:
     """A folder that is served over HTTP, and named as the place that CIFAR-10 is downloaded from."""
-    from plastic_jax.datasets import builders
+    from plastic_jax.data import builders
 
     folder = tmp_path / "served"
     folder.mkdir()
@@ -603,7 +603,7 @@ def test_a_killed_preparation_leaves_nothing_broken(tmp_path: Path, tfds_dir: Pa
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_processes_prepare_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
     """The second waits for the first; on a file system without locks it wins, and the first takes its copy."""
-    from plastic_jax.datasets import builders
+    from plastic_jax.data import builders
 
     write_cifar(tmp_path, "cifar10")
     process = python(
@@ -731,7 +731,7 @@ def test_versions_and_configs_of_another_data_set(tmp_path: Path) -> None:
 
     one = prepare_other(tmp_path, version="1.9.0")
     prepare_other(tmp_path, version="1.10.0")
-    from plastic_jax.datasets import prepared
+    from plastic_jax.data import prepared
 
     assert prepared.find("shapes", tmp_path).name == "1.10.0"
     assert prepared.find("shapes:1.9.0", tmp_path) == one

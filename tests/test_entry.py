@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from plastic_jax.results import read
+from plastic_jax.results.tables import read
 
 SMALL = [
     "--config.train_examples=60", "--config.width=8", "--config.depth=1", "--config.batch_size=10",

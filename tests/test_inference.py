@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from plastic_jax import inference
+from plastic_jax.results import inference
 
 VALUES = np.array([0.4, -0.1, 0.3, 0.8, 0.2, 0.6])
 

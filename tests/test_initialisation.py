@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict
 from nets import build, init, quick_jit
 
 from plastic_jax import models
-from plastic_jax.config import INITIALISATIONS, NORMS
 from plastic_jax.errors import InputError
+from plastic_jax.study.config import INITIALISATIONS, NORMS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

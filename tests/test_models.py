@@ -13,11 +13,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from nets import FORMS, build, init, quick_jit
 
 from plastic_jax import kernels, models
-from plastic_jax.config import NORMS, Config, Sweep
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, library
 from plastic_jax.models import layers
+from plastic_jax.study.config import NORMS, Config, Sweep
 from plastic_jax.train import costs
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from plastic_jax import models
-from plastic_jax.config import Config
 from plastic_jax.kernels import Form, library
 from plastic_jax.models import layers
 from plastic_jax.models.network import Network
+from plastic_jax.study.config import Config
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from plastic_jax import kernels
-from plastic_jax.config import SCHEDULES, Sweep
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, library
 from plastic_jax.methods import optimisers
+from plastic_jax.study.config import SCHEDULES, Sweep
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "optimisers.npz")
 RUNS = [name for name in FIXTURE.files if "/" in name]

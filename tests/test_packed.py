@@ -13,8 +13,8 @@ import small_net
 import tiny
 
 from plastic_jax import kernels, models
-from plastic_jax.config import Config
 from plastic_jax.kernels import Form, library
+from plastic_jax.study.config import Config
 from plastic_jax.train import trial_axis
 from plastic_jax.train.core import Core
 from plastic_jax.train.state import Sums, resident

@@ -10,19 +10,19 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from experiments import throughput
-from plastic_jax import flags_table
-from plastic_jax.config import FIELDS
 from plastic_jax.errors import InputError
+from plastic_jax.running import flags_table
+from plastic_jax.study.config import FIELDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PACKAGE = ROOT / "plastic_jax"
-DOORS = ("kernels", "models")  # rooms whose __init__.py is a module of its own
+DOORS = ("data", "kernels", "models")  # rooms whose __init__.py is a module of its own
 DOCUMENTS = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 
 
 def test_the_table_of_flags_is_the_configs():
-    assert flags_table.rewritten(README) == README, "run: python -m plastic_jax.flags_table"
+    assert flags_table.rewritten(README) == README, "run: python -m plastic_jax.running.flags_table"
 
 
 def test_the_table_has_a_row_of_five_cells_for_each_field():
@@ -46,7 +46,7 @@ def test_the_commands_stand_as_they_are_run():
 
 
 def test_every_flag_is_explained():
-    flags = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (PACKAGE / "entry.py").read_text())
+    flags = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (PACKAGE / "running" / "cli.py").read_text())
     assert "dry_run" in flags
     assert [flag for flag in flags if f"`--{flag}" not in README] == []
 
@@ -82,7 +82,7 @@ def test_no_number_is_left_open(name):
 
 
 def imports(file: Path) -> set[str]:
-    """The project's modules that a file imports, wherever in it, under README's names: `data`, `datasets/originals`."""
+    """The project's modules that a file imports, wherever in it, as README names them: `data/__init__`."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -105,8 +105,8 @@ def test_architecture_names_every_module_and_imports_run_one_way():
     for position, name in enumerate(listed):
         assert imports(files[name]) - {*listed[:position]} == set(), name
     # or this test sees nothing
-    assert imports(files["train/program"]) >= {"plan", "train/trial_axis", "config"}
-    assert imports(files["data"]) >= {"datasets/originals", "datasets/builders"}
+    assert imports(files["train/program"]) >= {"study/plan", "train/trial_axis", "study/config"}
+    assert imports(files["data/__init__"]) >= {"data/originals", "data/builders"}
 
 
 def test_the_lock_file_holds_every_dependency_and_no_address():

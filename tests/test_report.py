@@ -15,8 +15,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic import learning_curves, pair_table, rows, two_arms
 
-from plastic_jax import figures, report, results
-from plastic_jax.results import Setting
+from plastic_jax.report import figures, page
+from plastic_jax.results import tables
+from plastic_jax.results.tables import Setting
 
 LENGTHS = (0, 1, 10, 40)
 
@@ -25,7 +26,7 @@ LENGTHS = (0, 1, 10, 40)
 def sweep():
     """Three optimisers, four lengths, five seeds: table, summary, setting."""
     table, setting = learning_curves(LENGTHS, ("adam", "rmsprop", "sgd"), 5, tuning_epochs=30, metric_epochs=10)
-    return table, results.summary(table, setting), setting
+    return table, tables.summary(table, setting), setting
 
 
 def part(sweep, optimizers: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict], Setting]:
@@ -34,7 +35,7 @@ def part(sweep, optimizers: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict], 
     fresh = {arm["arm"]: whole.fresh[arm["arm"]] for arm in arms}
     setting = Setting(whole.swept, arms, fresh, whole.metric_epochs, whole.equal_updates)
     table = table[table["optimizer"].isin(optimizers)]
-    return table, results.summary(table, setting), setting
+    return table, tables.summary(table, setting), setting
 
 
 def make_page(workdir: Path, summary: list[dict], setting: Setting, **changes) -> str:
@@ -47,7 +48,7 @@ def make_page(workdir: Path, summary: list[dict], setting: Setting, **changes) -
         "command": "python -m experiments.length",
         "notes": [],
     }
-    path = report.page(workdir, summary=summary, setting=setting, **(given | changes))
+    path = page.page(workdir, summary=summary, setting=setting, **(given | changes))
     assert path == workdir / "report.html"
     return path.read_text()
 
@@ -58,7 +59,7 @@ def make_page(workdir: Path, summary: list[dict], setting: Setting, **changes) -
 def test_importing_is_light_and_drawing_leaves_pyplot_alone():
     code = """if True:
         import sys
-        import plastic_jax.report as report
+        import plastic_jax.report.page as report
         from synthetic import pair_table, two_arms
         heavy = ("matplotlib", "jinja2", "scipy", "jax")
         print([name for name in heavy if name in sys.modules])
@@ -83,10 +84,10 @@ def test_png_depends_on_the_data_alone(sweep, tmp_path):
     table, summary, setting = sweep
 
     def draw(folder: str, table: pd.DataFrame) -> list[bytes]:
-        curves = report.accuracy_curves(table, setting, "title")
-        gaps = report.gap_curve(table, summary, setting)
+        curves = page.accuracy_curves(table, setting, "title")
+        gaps = page.gap_curve(table, summary, setting)
         made = [
-            report.save_figure(canvas, tmp_path / folder, name, "caption")
+            page.save_figure(canvas, tmp_path / folder, name, "caption")
             for canvas, name in ((curves, "curves"), (gaps, "gaps"))
         ]
         assert made[0].path == tmp_path / folder / "figures" / "curves.png"
@@ -109,7 +110,7 @@ def lines_of(axes) -> list[np.ndarray]:
 
 def test_accuracy_curves_align_the_tuning_stages(sweep):
     table, _, setting = part(sweep, ("adam",))
-    curves, dots = report.accuracy_curves(table, setting, "Fresh\n300 digits").axes
+    curves, dots = page.accuracy_curves(table, setting, "Fresh\n300 digits").axes
     longest = table[table["warm_start_epochs"] == 40]
     expected = 100 * longest.groupby(["stage", "epoch"])["test_accuracy"].mean()
     drawn = lines_of(curves)
@@ -137,8 +138,8 @@ def test_accuracy_curves_align_the_tuning_stages(sweep):
 
 def test_accuracy_curves_band_is_the_t_interval():
     table = pair_table([0.80, 0.82, 0.84], [0.7, 0.7, 0.7])
-    curves, _ = report.accuracy_curves(table, two_arms(), "digits").axes
-    low, high = 100 * np.array(results.t_interval(np.array([0.81, 0.83, 0.85])))
+    curves, _ = page.accuracy_curves(table, two_arms(), "digits").axes
+    low, high = 100 * np.array(tables.t_interval(np.array([0.81, 0.83, 0.85])))
     heights = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in curves.collections])
     assert np.isclose(heights, low).any() and np.isclose(heights, high).any()
 
@@ -149,11 +150,11 @@ def test_accuracy_curves_leave_out_diverged_and_unfinished_trials():
     bad = rows(8, fresh, 8, "tuning", [1, 2, 3], [0.1, 0.1, 0.1], diverged=True)
     bad += rows(9, warm, 8, "tuning", [1, 2, 3], [0.1, 0.1, 0.1], fit=None)
     both = [
-        lines_of(report.accuracy_curves(t, two_arms(), "digits").axes[0])
+        lines_of(page.accuracy_curves(t, two_arms(), "digits").axes[0])
         for t in (table, pd.concat([table, pd.DataFrame(bad)]))
     ]
     assert all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
-    nothing = report.accuracy_curves(table.iloc[:0], two_arms(), "digits").axes[0]
+    nothing = page.accuracy_curves(table.iloc[:0], two_arms(), "digits").axes[0]
     assert "0 seeds" in nothing.get_title(loc="left")
 
 
@@ -166,7 +167,7 @@ def test_curves_of_stages_that_end_at_different_epochs_stop_with_the_first():
     table.loc[later, "examples_seen"] += 1000
     table.loc[later, "step"] += 10
     table = pd.concat([table[~((table["trial"] == 3) & (table["stage"] == "pretraining"))], slow])
-    drawn = lines_of(report.accuracy_curves(table, two_arms(), "digits").axes[0])
+    drawn = lines_of(page.accuracy_curves(table, two_arms(), "digits").axes[0])
     (pretraining,) = (d for d in drawn if len(d) == 2 and np.allclose(d[:, 1], [30, 50]))
     np.testing.assert_allclose(pretraining[:, 0], [-1.5, -0.5])  # means of -1, -2 and 0, -1
     assert any(np.allclose(d[:, 0], [1, 2, 3]) for d in drawn if len(d) == 3)
@@ -174,7 +175,7 @@ def test_curves_of_stages_that_end_at_different_epochs_stop_with_the_first():
 
 def test_gap_curve_shows_the_summary(sweep):
     table, summary, setting = part(sweep, ("adam", "rmsprop"))
-    (axes,) = report.gap_curve(table, summary, setting, title="Gap").axes
+    (axes,) = page.gap_curve(table, summary, setting, title="Gap").axes
     drawn = lines_of(axes)
     colours = {}
     for column in ("gap", "gap_equal_updates"):
@@ -194,8 +195,8 @@ def test_gap_curve_shows_the_summary(sweep):
     assert colours["gap", "adam"] == colours["gap_equal_updates", "adam"]
     assert colours["gap", "adam"] != colours["gap", "rmsprop"]
     seeds = [c.get_offsets()[:, 1] for c in axes.collections if c.get_offsets().shape[0] == 5]
-    metrics = results.trial_metrics(table, setting)
-    paired = results.pairs(table, setting, metrics, "optimizer=adam, warm_start_epochs=40")
+    metrics = tables.trial_metrics(table, setting)
+    paired = tables.pairs(table, setting, metrics, "optimizer=adam, warm_start_epochs=40")
     gaps = 100 * (paired["arm"] - paired["fresh"])
     assert any(np.allclose(points, gaps) for points in seeds)
     assert axes.get_ylabel() == "generalisation gap, percentage points"
@@ -206,7 +207,7 @@ def test_gap_curve_shows_the_summary(sweep):
 
 def test_gap_curve_of_many_lines_has_a_panel_for_equal_updates(sweep):
     table, summary, setting = sweep
-    canvas = report.gap_curve(table, summary, setting)
+    canvas = page.gap_curve(table, summary, setting)
     left, right = canvas.axes
     adam = [row for row in summary if row["optimizer"] == "adam"][1:]
     gaps = [100 * row["gap_equal_updates"] for row in adam]
@@ -232,7 +233,7 @@ def test_a_legend_of_long_names_lies_within_the_figure():
         for seed in range(3):
             made += rows(3 * index + seed, arm, seed, "tuning", [1], [0.8 - 0.01 * index])
     table = pd.DataFrame(made)
-    canvas = report.gap_curve(table, results.summary(table, setting), setting)
+    canvas = page.gap_curve(table, tables.summary(table, setting), setting)
     FigureCanvasAgg(canvas).draw()
     box = canvas.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= canvas.bbox.x1
@@ -247,13 +248,13 @@ def test_gap_curve_against_names_joins_nothing():
         for seed in range(3):
             made += rows(3 * index + seed, arm, seed, "tuning", [1], [0.8 - 0.01 * index])
     table = pd.DataFrame(made)
-    canvas = report.gap_curve(table, results.summary(table, setting), setting, x="reset")
+    canvas = page.gap_curve(table, tables.summary(table, setting), setting, x="reset")
     (axes,) = canvas.axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == list(names)
     joined = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
     assert joined and all(line.get_linestyle() == "None" for line in joined)
     with pytest.raises(ValueError, match="'width' is not a swept field; swept are reset"):
-        report.gap_curve(table, [], setting, x="width")
+        page.gap_curve(table, [], setting, x="width")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_places_on_the_axis(values, expected, logarithmic):
 
 def test_terminal_table_shows_every_arm_in_points_and_100_columns(sweep):
     _, summary, setting = sweep
-    text = report.terminal_table(summary, setting)
+    text = page.terminal_table(summary, setting)
     assert text.isascii() and max(map(len, text.splitlines())) <= 100
     body = [line for line in text.splitlines() if line.startswith(("adam", "rmsprop", "sgd"))]
     assert len(body) == len(summary)
@@ -289,7 +290,7 @@ def test_terminal_table_shows_every_arm_in_points_and_100_columns(sweep):
     assert re.match(r"sgd +40 +5 +[\d.]+ +96\.0 ", body[-1]) and body[-1].endswith("not fitted")
     assert body[0].endswith("fresh") and "diverged" not in text
     summary = [row | {"diverged": 1} for row in summary]
-    assert "diverged" in report.terminal_table(summary, setting)
+    assert "diverged" in page.terminal_table(summary, setting)
 
 
 @pytest.mark.parametrize(
@@ -332,15 +333,15 @@ def test_terminal_table_shows_every_arm_in_points_and_100_columns(sweep):
     ],
 )
 def test_headline_says_the_result_in_words(warm, changes, expected):
-    summary = results.summary(pair_table([0.8] * 3, [*warm]), two_arms())
+    summary = tables.summary(pair_table([0.8] * 3, [*warm]), two_arms())
     summary[1] |= changes
-    (sentence,) = report.headlines(summary, two_arms())
+    (sentence,) = page.headlines(summary, two_arms())
     assert expected in sentence
 
 
 def test_headlines_take_the_longest_warm_start_and_count_when_there_are_many(sweep):
     _, summary, setting = sweep
-    sentences = report.headlines(summary, setting)
+    sentences = page.headlines(summary, setting)
     assert [s.split(", ")[0] for s in sentences] == [
         f"After a warm start of 40 epochs (optimizer={o})" for o in ("adam", "rmsprop", "sgd")
     ]
@@ -351,7 +352,7 @@ def test_headlines_take_the_longest_warm_start_and_count_when_there_are_many(swe
         for arm, verdict, gap in zip(arms, (None, *verdicts), (None, -0.02, -0.01, 0.01, 0.0, None), strict=True)
     ]
     setting = Setting(("gamma",), arms, {arm["arm"]: "gamma=0" for arm in arms}, 1, False)
-    assert report.headlines(summary, setting) == [
+    assert page.headlines(summary, setting) == [
         "Of 5 arms 2 generalise worse than their fresh arm, 1 generalise better, 1 cannot be told "
         "from it, 1 have no verdict yet. Gaps from \u22122.00 to +1.00 points."
     ]
@@ -394,16 +395,16 @@ def read_page(page: str) -> Reader:
 
 def test_page_stands_alone_and_holds_everything(sweep, tmp_path):
     table, summary, setting = sweep
-    made = report.save_figure(report.gap_curve(table, summary, setting), tmp_path, "gap", 'The "gap" & its <interval>')
-    page = make_page(tmp_path, summary, setting, figures=[made], notes=["A note."])
-    reader = read_page(page)
+    made = page.save_figure(page.gap_curve(table, summary, setting), tmp_path, "gap", 'The "gap" & its <interval>')
+    html = make_page(tmp_path, summary, setting, figures=[made], notes=["A note."])
+    reader = read_page(html)
     text = " ".join("".join(reader.text).split())
-    assert reader.references == [] and "@import" not in page and "url(" not in page
+    assert reader.references == [] and "@import" not in html and "url(" not in html
     (image,) = reader.images
     prefix = "data:image/png;base64,"
     assert image["src"].startswith(prefix) and image["alt"] == 'The "gap" & its <interval>'
     assert base64.b64decode(image["src"][len(prefix) :]) == made.path.read_bytes()
-    for sentence in report.headlines(summary, setting):
+    for sentence in page.headlines(summary, setting):
         assert sentence in text
     for piece in (
         *("Warm-start length", "A note.", "2 x cpu", "python -m experiments.length"),
@@ -411,19 +412,19 @@ def test_page_stands_alone_and_holds_everything(sweep, tmp_path):
         *("not fitted", "at equal updates", "last 10 epochs"),
     ):
         assert piece in text
-    assert page.count("<tr") == 1 + len(summary)
+    assert html.count("<tr") == 1 + len(summary)
     for row in summary[1:4]:
         low, high = (f"{100 * b:+.2f}".replace("-", "\u2212") for b in row["gap_ci95"])
-        assert f"[{low}, {high}]" in page
-    assert "bootstrap" not in page
+        assert f"[{low}, {high}]" in html
+    assert "bootstrap" not in html
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
 
 
 def test_page_escapes_what_it_is_given(tmp_path):
     setting = two_arms()
-    summary = results.summary(pair_table([0.8], [0.7]), setting)
+    summary = tables.summary(pair_table([0.8], [0.7]), setting)
     bad = "<script>alert('x')</script>&amp;"
-    page = make_page(
+    html = make_page(
         tmp_path,
         summary,
         setting,
@@ -432,16 +433,16 @@ def test_page_escapes_what_it_is_given(tmp_path):
         config={bad: bad},
         versions={bad: bad},
     )
-    assert "<script" not in page
-    assert "".join(read_page(page).text).count(bad) == 9  # the title stands twice
+    assert "<script" not in html
+    assert "".join(read_page(html).text).count(bad) == 9  # the title stands twice
     assert "Notes" not in make_page(tmp_path, summary, setting)
 
 
 def test_page_shows_the_bootstrap_where_there_is_one(tmp_path):
     warm = 0.79 + 0.001 * np.arange(20)
-    summary = results.summary(pair_table([0.8] * 20, [*warm]), two_arms())
+    summary = tables.summary(pair_table([0.8] * 20, [*warm]), two_arms())
     low, high = summary[1]["gap_bootstrap_ci95"]
-    page = make_page(tmp_path, summary, two_arms())
+    html = make_page(tmp_path, summary, two_arms())
     cell = f"[{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "\u2212")
-    assert f">{cell}</td>" in page and "bootstrap beside them" in page
-    assert "at equal updates" not in page.lower()
+    assert f">{cell}</td>" in html and "bootstrap beside them" in html
+    assert "at equal updates" not in html.lower()

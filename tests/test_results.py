@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 from synthetic import TRAIN_EXAMPLES, pair_table, rows, two_arms
 
-from plastic_jax import results
 from plastic_jax.errors import InputError
-from plastic_jax.results import Setting
+from plastic_jax.results import tables
+from plastic_jax.results.tables import Setting
 
 HALF = TRAIN_EXAMPLES // 2
 
@@ -33,7 +33,7 @@ MIXED = ("length", "rate", "optimizer", "reset")
 
 
 def only(table: pd.DataFrame, setting: Setting, arm: str = "warm") -> dict:
-    return next(row for row in results.summary(table, setting) if row["arm"] == arm)
+    return next(row for row in tables.summary(table, setting) if row["arm"] == arm)
 
 
 # The file
@@ -41,8 +41,8 @@ def only(table: pd.DataFrame, setting: Setting, arm: str = "warm") -> dict:
 
 def test_round_trip_keeps_values_types_and_nulls(tmp_path):
     path = tmp_path / "seed=4" / "results.parquet"  # a folder that looks like a partition
-    results.write(mixed_table(), path, MIXED)
-    table = results.read(path)
+    tables.write(mixed_table(), path, MIXED)
+    table = tables.read(path)
     assert list(table.columns) == [
         *("trial", "arm", "seed", *MIXED, "stage", "epoch", "step", "examples_seen"),
         *("train_accuracy", "train_loss", "test_accuracy", "test_loss", "fit_accuracy", "diverged"),
@@ -63,24 +63,24 @@ def test_round_trip_keeps_values_types_and_nulls(tmp_path):
 
 def test_equal_tables_give_equal_bytes(tmp_path):
     table = mixed_table()
-    results.write(table, tmp_path / "a", MIXED)
+    tables.write(table, tmp_path / "a", MIXED)
     expected = (tmp_path / "a").read_bytes()
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(len(table))
         shuffled = table.iloc[order][list(reversed(table.columns))]
-        results.write(shuffled, tmp_path / "b", MIXED)
+        tables.write(shuffled, tmp_path / "b", MIXED)
         assert (tmp_path / "b").read_bytes() == expected
-    results.write(results.read(tmp_path / "a"), tmp_path / "c", MIXED)
+    tables.write(tables.read(tmp_path / "a"), tmp_path / "c", MIXED)
     assert (tmp_path / "c").read_bytes() == expected
     table.loc[0, "test_accuracy"] += 1e-9
-    results.write(table, tmp_path / "d", MIXED)
+    tables.write(table, tmp_path / "d", MIXED)
     assert (tmp_path / "d").read_bytes() != expected
 
 
 def test_file_has_nulls_for_what_is_not_finite_and_nothing_of_pandas(tmp_path):
     table = mixed_table()
     table["test_loss"] = [math.inf, math.nan, None, -math.inf, 1.0, None]
-    results.write(table, tmp_path / "t", MIXED)
+    tables.write(table, tmp_path / "t", MIXED)
     with pq.ParquetFile(tmp_path / "t") as file:
         stored = file.read()
         assert file.num_row_groups == 1
@@ -93,10 +93,10 @@ def test_file_has_nulls_for_what_is_not_finite_and_nothing_of_pandas(tmp_path):
 
 def test_validation_columns_and_an_empty_table_are_kept(tmp_path):
     table = mixed_table().assign(validation_accuracy=0.5, validation_loss=None)
-    results.write(table, tmp_path / "t", MIXED)
-    assert results.read(tmp_path / "t")["validation_accuracy"].tolist() == [0.5] * 6
-    results.write(table.iloc[:0], tmp_path / "t", MIXED)
-    assert results.read(tmp_path / "t").empty
+    tables.write(table, tmp_path / "t", MIXED)
+    assert tables.read(tmp_path / "t")["validation_accuracy"].tolist() == [0.5] * 6
+    tables.write(table.iloc[:0], tmp_path / "t", MIXED)
+    assert tables.read(tmp_path / "t").empty
 
 
 @pytest.mark.parametrize(
@@ -111,28 +111,28 @@ def test_validation_columns_and_an_empty_table_are_kept(tmp_path):
 )
 def test_write_refuses_a_wrong_table(tmp_path, change, swept, message):
     with pytest.raises(ValueError, match=message):
-        results.write(change(mixed_table()), tmp_path / "t", swept)
+        tables.write(change(mixed_table()), tmp_path / "t", swept)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "t"
-    results.replace_file(path, b"old")
+    tables.replace_file(path, b"old")
 
     def fail(_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        results.replace_file(path, b"new")
+        tables.replace_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_read_says_in_one_sentence_what_is_wrong(tmp_path):
     path = tmp_path / "results.parquet"
     with pytest.raises(InputError, match="there is no results table"):
-        results.read(path)
-    results.write(mixed_table(), path, MIXED)
+        tables.read(path)
+    tables.write(mixed_table(), path, MIXED)
     whole = path.read_bytes()
     for damaged in (
         b"",
@@ -142,11 +142,11 @@ def test_read_says_in_one_sentence_what_is_wrong(tmp_path):
     ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="is no readable results table") as caught:
-            results.read(path)
+            tables.read(path)
         assert "\n" not in str(caught.value)
     pd.DataFrame({"arm": ["a"]}).to_parquet(path)
     with pytest.raises(InputError, match="lacks trial, seed"):
-        results.read(path)
+        tables.read(path)
 
 
 # A trial's metric
@@ -159,7 +159,7 @@ def test_metric_is_the_mean_over_the_last_epochs_of_tuning():
     made += rows(5, arm, 2, "tuning_continued", [13], [0.99], start=4 * HALF)
     table = pd.DataFrame(made)
     for metric_epochs, expected in ((1, 0.7), (4, 0.55), (5, (0.2 + 0.4 + 0.7) / 3), (99, 0.35)):
-        (row,) = results.trial_metrics(table, two_arms(metric_epochs)).to_dict("records")
+        (row,) = tables.trial_metrics(table, two_arms(metric_epochs)).to_dict("records")
         assert row["test_accuracy"] == pytest.approx(expected, abs=1e-15)
     assert row["arm"] == "warm" and row["seed"] == 2 and row["trial"] == 5
     assert row["fit_accuracy"] == 0.995 and row["steps"] == 20 + 100
@@ -171,7 +171,7 @@ def test_metric_window_forgives_rounded_epochs():
     made = rows(0, two_arms().arms[0], 0, "tuning", [1, 2, 3], [0.0, 0.4, 0.6])
     table = pd.DataFrame(made)
     table["epoch"] = [1.0 + 1e-12, 2.0, 3.0]
-    assert results.trial_metrics(table, two_arms(2))["test_accuracy"].tolist() == [0.5]
+    assert tables.trial_metrics(table, two_arms(2))["test_accuracy"].tolist() == [0.5]
 
 
 def test_diverged_and_unfinished_trials_have_no_metric():
@@ -182,7 +182,7 @@ def test_diverged_and_unfinished_trials_have_no_metric():
     made += rows(3, warm, 1, "pretraining", [1], [0.0], diverged=True)
     made += rows(4, fresh, 2, "tuning", [1, 2], [0.5, 0.6])
     made += rows(4, fresh, 2, "tuning_continued", [3], [0.0], diverged=True)  # the control alone
-    metrics = results.trial_metrics(pd.DataFrame(made), two_arms(1))
+    metrics = tables.trial_metrics(pd.DataFrame(made), two_arms(1))
     assert metrics["finished"].tolist() == [False, False, True, True, True]
     assert metrics["diverged"].tolist() == [False, False, True, True, False]
     assert metrics["test_accuracy"].isna().tolist() == [True] * 4 + [False]
@@ -230,7 +230,7 @@ def test_pairs_are_matched_by_seed_and_not_by_position():
 def test_t_interval_covers_what_it_says():
     random = np.random.default_rng(0)
     samples = random.normal(0.3, 1, (1500, 5))
-    intervals = np.array([results.t_interval(sample) for sample in samples])
+    intervals = np.array([tables.t_interval(sample) for sample in samples])
     covered = np.mean((intervals[:, 0] < 0.3) & (intervals[:, 1] > 0.3))
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1500)
 
@@ -296,9 +296,9 @@ def test_a_diverged_half_leaves_the_gap_and_too_many_take_the_verdict(arm):
 def test_a_table_of_another_config_is_refused():
     table = pair_table([0.8], [0.7])
     with pytest.raises(InputError, match="arm 'warm' that the config lacks"):
-        results.summary(table, dataclasses.replace(two_arms(), arms=two_arms().arms[:1]))
+        tables.summary(table, dataclasses.replace(two_arms(), arms=two_arms().arms[:1]))
     with pytest.raises(InputError, match="two trials of arm 'warm' and seed 0"):
-        results.summary(pd.concat([table, table.assign(trial=9, arm="warm")]), two_arms())
+        tables.summary(pd.concat([table, table.assign(trial=9, arm="warm")]), two_arms())
 
 
 def test_summary_is_plain_json_with_every_key_in_every_arm():
@@ -310,7 +310,7 @@ def test_summary_is_plain_json_with_every_key_in_every_arm():
     setting = Setting(swept, arms, {"fresh": "fresh", "warm": "fresh"}, 2, True)
     table = pair_table([0.8], [0.7])
     for part in (table, table.iloc[:0], table[table["epoch"] < 3]):
-        summary = results.summary(part, setting)
+        summary = tables.summary(part, setting)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
         assert [list(row) for row in summary] == [
             [

@@ -8,9 +8,11 @@ import pytest
 import tiny
 
 from experiments import warm_start
-from plastic_jax import data, plan, sampler, trial
-from plastic_jax.config import Sweep
-from plastic_jax.dry_run import describe
+from plastic_jax import data
+from plastic_jax.data import sampler
+from plastic_jax.running.dry_run import describe
+from plastic_jax.study import plan, trial
+from plastic_jax.study.config import Sweep
 from plastic_jax.train.idle import idle_share
 from plastic_jax.train.schedule import Schedule
 

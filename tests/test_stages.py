@@ -11,11 +11,13 @@ import pytest
 import tiny
 from scipy import stats
 
-from plastic_jax import models, plan, results, rows, sampler
-from plastic_jax.config import Config, Sweep, canonical
-from plastic_jax.data import DatasetSpec
+from plastic_jax import models
+from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
+from plastic_jax.results import rows, tables
+from plastic_jax.study import plan
+from plastic_jax.study.config import Config, Sweep, canonical
 from plastic_jax.train import core
 from plastic_jax.train.state import Beginning
 from plastic_jax.train.trial_axis import Formulation
@@ -336,7 +338,7 @@ def test_the_cap_ends_a_stage_that_never_reaches_its_accuracy():
     others = found.drop(index=ends.index)
     assert others.accuracy_reached.isna().all(), "null within a stage, and where no accuracy was asked for"
     assert found[found.stage == "tuning"].groupby("trial").size().eq(4).all()
-    summary = results.summary(found, tiny.setting(study))
+    summary = tables.summary(found, tiny.setting(study))
     assert [row["unreached"] for row in summary] == [0, 2]
 
 
@@ -345,8 +347,8 @@ def test_the_table_without_ends_by_accuracy_has_no_such_column(tmp_path):
     assert "accuracy_reached" not in rows.columns(study)
     asked = tiny.study(FRESH_STAGES, **STAGED, seeds=1)
     found = tiny.trained(asked)
-    results.write(found, tmp_path / "results.parquet", asked.swept)
-    read = results.read(tmp_path / "results.parquet")
+    tables.write(found, tmp_path / "results.parquet", asked.swept)
+    read = tables.read(tmp_path / "results.parquet")
     assert read.accuracy_reached.isna().tolist() == found.accuracy_reached.isna().tolist()
     assert read.accuracy_reached.dropna().tolist() == found.accuracy_reached.dropna().tolist() != []
 
@@ -362,7 +364,7 @@ def test_the_control_of_many_stages_learns_its_length():
         fresh = own[own.pretraining_stages == 0]
         assert np.floor(fresh.epoch.max()) == max(most * 8 // 50, 6)
         assert set(fresh.stage) == {"tuning", "tuning_continued"}
-    controls = [row["pairs_equal_updates"] for row in results.summary(found, tiny.setting(study))]
+    controls = [row["pairs_equal_updates"] for row in tables.summary(found, tiny.setting(study))]
     assert controls == [0, 3, 3]
     tiny.same(found, tiny.trained(study, slots=1))
 

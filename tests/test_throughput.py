@@ -15,12 +15,13 @@ import jax
 import pytest
 
 from experiments import warm_start
-from plastic_jax import benchmark, benchmark_report, benchmark_rows, dry_run, growth, torch_ways
-from plastic_jax.config import Config
+from plastic_jax.benchmarks import comparison, growth, report, torch_ways, ways
+from plastic_jax.benchmarks.torch_worker import Work
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
-from plastic_jax.torch_worker import Work
+from plastic_jax.running import dry_run
+from plastic_jax.study.config import Config
 from plastic_jax.train import calibration, costs
 
 SMALL = Config(model="mlp", width=8, depth=1, norm="none", batch_size=8)
@@ -36,17 +37,17 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(benchmark, "ROUNDS", 2)
-    monkeypatch.setattr(benchmark_rows, "SECONDS", 0.01)
-    monkeypatch.setattr(benchmark, "yardsticks", lambda *_: {"matmul_flops": lambda: 1e11, "copy_bytes": lambda: 1e10})
+    monkeypatch.setattr(comparison, "ROUNDS", 2)
+    monkeypatch.setattr(ways, "SECONDS", 0.01)
+    monkeypatch.setattr(comparison, "yardsticks", lambda *_: {"matmul_flops": lambda: 1e11, "copy_bytes": lambda: 1e10})
 
 
 def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "measure_all", lambda *_: {"mapped": 1.0})
-    found = {**benchmark.compare(SMALL, (4,), None, 3.0, lambda _: None), "figure_2_idle_share": None}
+    found = {**comparison.compare(SMALL, (4,), None, 3.0, lambda _: None), "figure_2_idle_share": None}
     rows = {row["row"]: row for row in found["rows"]}
     assert found["left_out"] == ["PyTorch's rows (there is no PyTorch)"]
-    assert {benchmark_rows.ONE, benchmark_rows.OBVIOUS, "ours, mapped, one trial a device"} < set(rows)
+    assert {ways.ONE, ways.OBVIOUS, "ours, mapped, one trial a device"} < set(rows)
     for row in rows.values():
         assert row["spread_ms"][0] <= row["ms_per_trial_step"] <= row["spread_ms"][1]
         assert row["images_per_second"] == pytest.approx(8e3 / row["ms_per_trial_step"])
@@ -56,20 +57,20 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
         assert row["over_best_pytorch"] is None
         assert row["program_bytes"] > 1e5 and row["process_bytes"] is None  # the data alone are more
     assert rows["ours, mapped, one trial a device"]["trials"] == jax.local_device_count()
-    assert rows[benchmark_rows.ONE]["over_one_at_a_time"] == 1
+    assert rows[ways.ONE]["over_one_at_a_time"] == 1
     assert found["compiled_flops_over_closed_form"] == pytest.approx(1, abs=0.02)
-    text = benchmark_report.markdown(found)
+    text = report.markdown(found)
     assert all(name in text for name in rows) and "Not all of PyTorch's" not in text
     lacking = {**found, "left_out": ["pytorch compiled, all cores (no time)"]}
-    assert "Not all of PyTorch's ways were measured" in benchmark_report.markdown(lacking)
+    assert "Not all of PyTorch's ways were measured" in report.markdown(lacking)
     assert "stand idle" not in text
-    assert "4.5 % of the slots" in benchmark_report.markdown({**found, "figure_2_idle_share": 0.045})
+    assert "4.5 % of the slots" in report.markdown({**found, "figure_2_idle_share": 0.045})
     assert all(f"| {row['first_step_seconds']:.1f} s |" in text for row in rows.values())
     assert "(within 2 %)" in text and "all rows compute in float32" in text
     curves = {"seconds_of_trials": [(2, 1.0), (4, 2.0)]}
     grown = {"curves": curves, "exponents": {"seconds_of_trials": 1.0}, "left_out": ["x from 8 on"], "title": "net"}
     whole = {"results": [found], "growth": grown, "left_out": ["another net"], "figure_2_flops": 1e18}
-    benchmark_report.write(whole, tmp_path)
+    report.write(whole, tmp_path)
     said = (tmp_path / "throughput.md").read_text()
     assert f"### {found['title']}\n" in said and "float32" in found["title"]
     assert "seconds of trials 1.00" in said and "x from 8 on" in said and "another net" in said
@@ -77,18 +78,18 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
 
 
 def test_rows_that_compile_side_by_side_give_what_they_give_one_by_one(quick, monkeypatch):
-    monkeypatch.setattr(benchmark_rows, "SECONDS", 0.0)  # one epoch a sample
-    monkeypatch.setattr(benchmark, "evaluation_share", lambda *_: None)
-    monkeypatch.setattr(benchmark, "flops_check", lambda _: None)
+    monkeypatch.setattr(ways, "SECONDS", 0.0)  # one epoch a sample
+    monkeypatch.setattr(comparison, "evaluation_share", lambda *_: None)
+    monkeypatch.setattr(comparison, "flops_check", lambda _: None)
     monkeypatch.setattr(calibration, "measure_all", lambda *_: {"mapped": 1.0})
     devices = jax.local_devices()[:2]
 
     def rows_of(*_):
         forms = ((MAPPED, devices), (MAPPED, devices[:1]), (Form("packed", 2), devices[:1]))
-        ours = [benchmark_rows.core_row(f"{form}, {len(on)}", SMALL, form, 2, on) for form, on in forms]
-        return [*ours, benchmark_rows.one_row(SMALL)]
+        ours = [ways.core_row(f"{form}, {len(on)}", SMALL, form, 2, on) for form, on in forms]
+        return [*ours, ways.one_row(SMALL)]
 
-    monkeypatch.setattr(benchmark, "rows_of", rows_of)
+    monkeypatch.setattr(comparison, "rows_of", rows_of)
     trainer, started, most = calibration.trainer, {}, []
     others = set(threading.enumerate())  # pools that JAX and Orbax keep from earlier tests
 
@@ -101,13 +102,13 @@ def test_rows_that_compile_side_by_side_give_what_they_give_one_by_one(quick, mo
         most.append(sum(thread.name.startswith("ThreadPoolExecutor") for thread in own))
         real(row, seconds)
 
-    real = benchmark_rows.Row.begin
+    real = ways.Row.begin
     monkeypatch.setattr(calibration, "trainer", watched)
-    monkeypatch.setattr(benchmark_rows.Row, "begin", begin)
+    monkeypatch.setattr(ways.Row, "begin", begin)
     seen = []
     for together in (1, 4):
-        monkeypatch.setitem(benchmark.COMPILING, "cpu", together)
-        found = benchmark.compare(SMALL, (2,), None, 10.0, lambda _: None)
+        monkeypatch.setitem(comparison.COMPILING, "cpu", together)
+        found = comparison.compare(SMALL, (2,), None, 10.0, lambda _: None)
         rows = {row["row"]: (row["trials"], row["program_bytes"], row["samples"]) for row in found["rows"]}
         seen.append((rows, found["left_out"], {key: run.records for key, run in started.items()}, max(most)))
         started, most = {}, []
@@ -123,7 +124,7 @@ def test_every_row_compiles_anew(quick):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **more: heard.append((event.rpartition("/")[2], more.get("fun_name")))
     )
-    row = benchmark_rows.core_row("ours", SMALL, MAPPED, 2, jax.local_devices()[:2])
+    row = ways.core_row("ours", SMALL, MAPPED, 2, jax.local_devices()[:2])
     for _ in range(2):
         heard.clear()
         row.begin(60.0)
@@ -138,7 +139,7 @@ def test_a_slow_row_takes_one_step_after_its_warm_up():
         taken.append(n)
         return 100.0, 4 * n
 
-    row = benchmark_rows.Row("slow", 4, lambda _: benchmark_rows.Live(train))
+    row = ways.Row("slow", 4, lambda _: ways.Live(train))
     row.begin(60.0)
     row.measure()
     row.sample()
@@ -147,21 +148,21 @@ def test_a_slow_row_takes_one_step_after_its_warm_up():
 
 
 def test_a_table_compares_one_dtype():
-    assert {p.compute_dtype for p in benchmark.networks({}, gpu=False)} == {"float32"}
-    both = benchmark.networks({"model": "resnet"}, gpu=True)
-    assert len(both) == 2 * 4 and len({benchmark_rows.title(p) for p in both}) == 8
+    assert {p.compute_dtype for p in comparison.networks({}, gpu=False)} == {"float32"}
+    both = comparison.networks({"model": "resnet"}, gpu=True)
+    assert len(both) == 2 * 4 and len({ways.title(p) for p in both}) == 8
     for point in both:
-        ways = torch_ways.ways(benchmark_rows.torch_work(point, cpu=False), 1)
-        assert {made.dtype for made, _ in ways.values()} == {point.compute_dtype}
-    (given,) = benchmark.networks({"model": "resnet", "width": 8, "batch_size": 8, "compute_dtype": "bfloat16"}, False)
-    assert benchmark_rows.torch_work(given, cpu=True).dtype == "bfloat16"
+        found = torch_ways.ways(ways.torch_work(point, cpu=False), 1)
+        assert {made.dtype for made, _ in found.values()} == {point.compute_dtype}
+    (given,) = comparison.networks({"model": "resnet", "width": 8, "batch_size": 8, "compute_dtype": "bfloat16"}, False)
+    assert ways.torch_work(given, cpu=True).dtype == "bfloat16"
     with pytest.raises(InputError, match="float64"):
-        benchmark.networks({"compute_dtype": "float64"}, gpu=False)
+        comparison.networks({"compute_dtype": "float64"}, gpu=False)
 
 
 def test_the_rate_of_memory_is_measured_in_memory_that_is_there():
     """By counting: a page fresh from the kernel costs as much as reading and writing it."""
-    copy = benchmark.yardsticks(jax.local_devices()[:2], "float32")["copy_bytes"]
+    copy = comparison.yardsticks(jax.local_devices()[:2], "float32")["copy_bytes"]
     copy()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     assert copy() > 1e8
@@ -172,7 +173,7 @@ def test_the_rate_of_memory_is_measured_in_memory_that_is_there():
 @pytest.mark.parametrize(("setting", "on"), [(None, True), ("tensorfloat32", True), ("highest", False)])
 def test_tf32_is_set_alike_on_both_sides(setting, on):
     with jax.default_matmul_precision(setting):
-        assert benchmark_rows.torch_work(SMALL, cpu=False).tf32 == benchmark_rows.tf32() == on
+        assert ways.torch_work(SMALL, cpu=False).tf32 == ways.tf32() == on
 
 
 def test_hours_are_the_plans_flops_over_the_measured_rate():
@@ -180,12 +181,12 @@ def test_hours_are_the_plans_flops_over_the_measured_rate():
         {"row": name, "ms_per_trial_step": ms} for name, ms in (("ours, a", 4.0), ("ours, b", 2.0), ("pytorch c", 8.0))
     ]
     found = {"model": "resnet", "rows": rows, "step_flops": 1e9, "title": "a net", "device": "2 x CPU"}
-    ours, torch = benchmark_report.device_hours(found, 3.6e18)
+    ours, torch = report.device_hours(found, 3.6e18)
     assert (ours["row"], torch["row"]) == ("ours, b", "pytorch c")
     assert ours["hours"] == pytest.approx(3.6e18 / (1e9 / 2e-3) / 3600) == pytest.approx(torch["hours"] / 4)
-    said = benchmark_report.headline([found], 3.6e18)
+    said = report.headline([found], 3.6e18)
     assert "extrapolated" in said and "from a net, on 2 x CPU: 2,000 h with our core (ours, b" in said
-    assert benchmark_report.headline([{**found, "model": "mlp"}], 3.6e18) == ""
+    assert report.headline([{**found, "model": "mlp"}], 3.6e18) == ""
 
 
 def test_figure_2_is_the_dry_runs():
@@ -198,16 +199,16 @@ def test_rows_that_fail_or_find_no_time_are_named(quick, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     rows = [
-        benchmark_rows.one_row(SMALL),
-        benchmark_rows.Row("broken", 1, broken),
-        benchmark_rows.Row("fails later", 1, lambda _: benchmark_rows.Live(broken)),
+        ways.one_row(SMALL),
+        ways.Row("broken", 1, broken),
+        ways.Row("fails later", 1, lambda _: ways.Live(broken)),
     ]
-    monkeypatch.setattr(benchmark, "rows_of", lambda *_: rows)
-    monkeypatch.setattr(benchmark, "evaluation_share", lambda *_: 1.0)
-    found = benchmark.compare(SMALL, (1,), "python", 3.0, lambda _: None)
+    monkeypatch.setattr(comparison, "rows_of", lambda *_: rows)
+    monkeypatch.setattr(comparison, "evaluation_share", lambda *_: 1.0)
+    found = comparison.compare(SMALL, (1,), "python", 3.0, lambda _: None)
     assert found["left_out"] == ["broken (out of memory)", "fails later (out of memory)"]
-    found = benchmark.compare(SMALL, (1,), "python", 0.0, lambda _: None)
-    assert [row["row"] for row in found["rows"]] == [benchmark_rows.ONE]  # the first one counts at any price
+    found = comparison.compare(SMALL, (1,), "python", 0.0, lambda _: None)
+    assert [row["row"] for row in found["rows"]] == [ways.ONE]  # the first one counts at any price
     assert found["left_out"] == ["broken (no time)", "fails later (no time)"]
 
 
@@ -233,13 +234,13 @@ def test_growth_ends_in_time_and_names_what_it_left_out(small_growth):
     found = growth.growth(SMALL, MAPPED, jax.local_devices()[:2], seconds=-1)
     assert found["curves"] == found["exponents"] == {}
     assert "seconds_of_steps from 2 on" in found["left_out"] and len(found["left_out"]) == 5
-    assert "seconds_of_steps from 2 on" in benchmark_report.growth_text(found)
+    assert "seconds_of_steps from 2 on" in report.growth_text(found)
 
 
 def test_trials_that_cannot_fit_are_refused_with_what_would(monkeypatch):
-    monkeypatch.setattr(benchmark, "device_memory", lambda _: (300 * 2**20, "as given"))
+    monkeypatch.setattr(comparison, "device_memory", lambda _: (300 * 2**20, "as given"))
     with pytest.raises(InputError, match=r"4096 trials .* at most \d+ do"):
-        benchmark.check(Config(model="mlp", width=100), (1, 4096))
+        comparison.check(Config(model="mlp", width=100), (1, 4096))
 
 
 def command(*arguments):
@@ -294,7 +295,7 @@ def test_pytorchs_ways_differ_in_what_they_say():
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the extra torch is not installed")
 @pytest.mark.parametrize("model", ["mlp", "resnet"])
 def test_pytorchs_worker_trains_the_cores_network(model):
-    from plastic_jax import torch_worker
+    from plastic_jax.benchmarks import torch_worker
 
     work = Work(model, 4, 2, "batch", 8, "adam", (8, 8, 3), 5)
     parameters = sum(p.numel() for p in torch_worker.network(work).parameters())

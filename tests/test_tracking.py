@@ -23,9 +23,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from plastic_jax import results, tracking, wandb_log
 from plastic_jax.errors import InputError
-from plastic_jax.tracking import Tracker, Trial
+from plastic_jax.report import tracking, wandb_log
+from plastic_jax.report.tracking import Tracker, Trial
+from plastic_jax.results import tables
 
 KEY = "0123456789" * 4
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
@@ -414,7 +415,7 @@ def test_the_command_writes_a_killed_run_and_wandb_sync_uploads_it(
     table = make_table(trials)[lambda frame: frame["trial"] < 3]
     config = {"experiment": "digits", "trials": [vars(trial) for trial in trials]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    results.write(table, tmp_path / "results.parquet", ["fraction"])
+    tables.write(table, tmp_path / "results.parquet", ["fraction"])
     assert tracking.main([str(tmp_path), "--project=paper"]) == 0
     assert "3 runs are in" in capsys.readouterr().out and not server.runs
     output(sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb"), cwd=tmp_path)
@@ -521,7 +522,7 @@ def train_and_be_killed(tmp_path: Path, trials: list[Trial], rows: pd.DataFrame)
     (tmp_path / "trials").write_text(json.dumps([vars(trial) for trial in trials]))
     (tmp_path / "rows").write_text(rows.to_json(orient="records", double_precision=15))
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    root = Path(tracking.__file__).parents[1]
+    root = Path(tracking.__file__).parents[2]
     done = subprocess.run(command, cwd=root, timeout=60, stdout=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL
 

@@ -15,8 +15,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from plastic_jax.config import OPTIMIZERS, SCHEDULES
 from plastic_jax.errors import InputError
+from plastic_jax.study.config import OPTIMIZERS, SCHEDULES
 
 Params = Any
 """A pytree of floating-point arrays."""

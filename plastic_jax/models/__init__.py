@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 
-from plastic_jax.config import Config
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.models.mlp import Mlp
 from plastic_jax.models.network import Gradients, Network
 from plastic_jax.models.resnet import BLOCK_MODULES, ResNet
+from plastic_jax.study.config import Config
 
 __all__ = ["MODELS", "Gradients", "Model", "Network", "modules", "network"]
 

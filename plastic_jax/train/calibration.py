@@ -25,10 +25,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from plastic_jax import backend, plan, trial
-from plastic_jax.config import FIELDS, STATIC, Config, Sweep
+from plastic_jax import backend
 from plastic_jax.data import Dataset, DatasetSpec
 from plastic_jax.kernels import Form
+from plastic_jax.study import plan, trial
+from plastic_jax.study.config import FIELDS, STATIC, Config, Sweep
 from plastic_jax.train.choice import candidates
 from plastic_jax.train.program import ProgramRun
 from plastic_jax.train.trial_axis import Formulation

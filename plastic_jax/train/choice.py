@@ -3,10 +3,10 @@
 import math
 
 from plastic_jax import kernels, models
-from plastic_jax.config import Config, Sweep
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
-from plastic_jax.plan import ProgramPlan
+from plastic_jax.study.config import Config, Sweep
+from plastic_jax.study.plan import ProgramPlan
 from plastic_jax.train.costs import Costs
 from plastic_jax.train.idle import idle_share
 from plastic_jax.train.trial_axis import Formulation

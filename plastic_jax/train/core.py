@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from plastic_jax import kernels, models, sampler, streams
-from plastic_jax.config import Config
+from plastic_jax import kernels, models, streams
+from plastic_jax.data import sampler
 from plastic_jax.kernels import Form
 from plastic_jax.methods import optimisers
+from plastic_jax.study.config import Config
+from plastic_jax.study.trial import NO_MIXTURE
 from plastic_jax.train.state import Beginning, Data, Metrics, Sample, Stage, State, Sums, Tree
-from plastic_jax.trial import NO_MIXTURE
 
 EVALUATION_BATCH = 512
 

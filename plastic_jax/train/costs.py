@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import jax
 
-from plastic_jax import models, sampler
-from plastic_jax.config import Config
-from plastic_jax.data import DatasetSpec
+from plastic_jax import models
+from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.kernels import Form
+from plastic_jax.study.config import Config
 from plastic_jax.train import core
 
 # FLOPs of an update for one parameter, from the gradient's decay to the choice of the old value after a

@@ -1,7 +1,7 @@
 """The idle share of a schedule's slots, found without a device."""
 
-from plastic_jax import sampler
-from plastic_jax.plan import ProgramPlan
+from plastic_jax.data import sampler
+from plastic_jax.study.plan import ProgramPlan
 from plastic_jax.train.schedule import Schedule
 
 

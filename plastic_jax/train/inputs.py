@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from plastic_jax import models, sampler
-from plastic_jax.config import SCHEDULES, Config
-from plastic_jax.data import Dataset
-from plastic_jax.plan import Node
+from plastic_jax import models
+from plastic_jax.data import Dataset, sampler
+from plastic_jax.study.config import SCHEDULES, Config
+from plastic_jax.study.plan import Node
 from plastic_jax.train.state import Sample, Stage
 
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from plastic_jax.config import STATIC, Config
 from plastic_jax.data import Dataset
 from plastic_jax.kernels import Form
-from plastic_jax.plan import ProgramPlan
-from plastic_jax.results import replace_file
+from plastic_jax.results.tables import replace_file
+from plastic_jax.study.config import STATIC, Config
+from plastic_jax.study.plan import ProgramPlan
 from plastic_jax.train import core, inputs, trial_axis
 from plastic_jax.train.schedule import Records, Schedule, Slot
 from plastic_jax.train.state import Beginning, resident

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from plastic_jax import plan
-from plastic_jax.plan import ProgramPlan
+from plastic_jax.study import plan
+from plastic_jax.study.plan import ProgramPlan
 
 Records = dict[int, list[dict[str, Any]]]  # node -> its evaluations, in order
 

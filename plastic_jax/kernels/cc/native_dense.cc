@@ -65,7 +65,7 @@ void Product(Int rows, Int depth, Int columns, const T* a, Int a_row, Int a_step
   }
 }
 
-// Adam's update in one pass; plastic_jax/optimisers.py has the formula. numbers: whether to update at all, learning
+// Adam's update in one pass; plastic_jax/methods/optimisers.py has the formula. numbers: whether to update at all, learning
 // rate, weight decay to add to the gradient, and to the step, and what undoes the bias of the two moments.
 template <typename T>
 void Adam(Int count, const T* numbers, const T* gradient, const T* old_param, const T* old_mean, const T* old_square,

@@ -1,0 +1,1 @@
+"""How fast the core is, beside what a user would run instead."""

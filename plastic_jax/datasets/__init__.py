@@ -1,1 +1,0 @@
-"""Data sets: the originals' own file formats, and what TFDS has prepared."""

@@ -1,0 +1,1 @@
+"""The table of results and the statistics on it."""

@@ -1,0 +1,1 @@
+"""A run from command line to report, and its folder."""

@@ -1,0 +1,39 @@
+"""README's table of the config's fields, made from their declarations.
+
+    python -m plastic_jax.running.flags_table
+
+rewrites it between its marks in README.md.
+"""
+
+from pathlib import Path
+
+from plastic_jax.errors import InputError
+from plastic_jax.study.config import FIELDS, allowed
+
+README = Path(__file__).parents[2] / "README.md"
+START, END = "<!-- flags -->", "<!-- /flags -->"
+
+
+def markdown() -> str:
+    """One row a field, in the order of declaration: field, default, kind, what it takes, meaning."""
+    rows = [("field", "default", "swept", "allowed", "meaning"), ("---",) * 5]
+    for name, spec in FIELDS.items():
+        rows.append((f"`{name}`", f"`{spec.default}`", spec.metadata["kind"], allowed(name), spec.metadata["doc"]))
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n" for row in rows)
+
+
+def rewritten(text: str) -> str:
+    """`text` with the table of today between its two marks.
+
+    Raises:
+      InputError: the marks are not there, once each and in order.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end) or START in after or END in before + after:
+        raise InputError(f"{README} must have {START} and {END} once each, in this order.")
+    return f"{before}{START}\n{markdown()}{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(rewritten(README.read_text()))

@@ -1,0 +1,105 @@
+"""Finished (or running) workdirs, read back: the table, the summary, and the models that were kept."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from plastic_jax import models
+from plastic_jax.errors import InputError
+from plastic_jax.kernels import Form
+from plastic_jax.results import tables
+from plastic_jax.running import workdir
+from plastic_jax.study.config import Config
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A trial's model at a stage's end: `model` is its network, the rest its trees of arrays."""
+
+    model: models.Network
+    params: Any
+    batch_stats: Any
+    point: Config
+
+    def logits(self, images: np.ndarray) -> jax.Array:
+        """Logits [n, classes] of uint8 images [n, H, W, C], with running statistics."""
+        return self.model.logits(self.params, self.batch_stats, jnp.asarray(images))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A workdir. `table` is results.parquet, `summary` summary.json, `config` config.json."""
+
+    path: Path
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per trial, stage and evaluation."""
+        return tables.read(self.path / "results.parquet")
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """One flat dict per arm."""
+        return workdir.read_json(self.path / "summary.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The whole config, command, versions, commit, device and trials."""
+        return workdir.read_json(self.path / "config.json")
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, str], tuple[str, int]]:
+        """Which models there are: (trial, stage) -> (folder, position in it)."""
+        found = {}
+        for index in sorted((self.path / "checkpoints" / "kept").glob("*/index.json")):
+            held = json.loads(index.read_text())
+            for k, names in enumerate(held["models"] if isinstance(held, dict) else held):
+                for trial, stage in names:
+                    found[int(trial), str(stage)] = (str(index.parent), k)
+        return found
+
+    def model(self, trial: int, stage: str = "tuning") -> Kept:
+        """The model of a trial at the end of a stage; needs `--config.keep=ends` or `stages`.
+
+        Raises:
+          InputError: it was not kept.
+        """
+        if (trial, stage) not in self.kept:
+            raise InputError(
+                f"trial={trial}, stage={stage!r} was not kept in {self.path}: kept are "
+                f"{sorted(self.kept) or 'none (train with --config.keep=ends or stages)'}."
+            )
+        from orbax.checkpoint import v1 as ocp
+
+        folder, k = self.kept[trial, stage]
+        stacks = ocp.load(Path(folder) / "models")
+        own = next(t["config"] for t in self.config["trials"] if t["trial"] == trial)
+        point = Config(**{name: value for name, value in own.items() if value is not None})
+        spec = self.config["datasets"][point.dataset]
+        network = models.network(point, tuple(spec["shape"]), spec["classes"], Form("mapped"))
+        leaves = [np.asarray(stacks[name][k]) for name in sorted(stacks)]
+        if isinstance(json.loads((Path(folder) / "index.json").read_text()), list):
+            # Of a version that kept the kernels of convolutions as [h, w, I, O].
+            leaves = [leaf.transpose(3, 0, 1, 2) if leaf.ndim == 4 else leaf for leaf in leaves]
+        tree = jax.tree.unflatten(jax.tree.structure(network.shapes()), [jnp.asarray(leaf) for leaf in leaves])
+        return Kept(network, tree["params"], tree["batch_stats"], point)
+
+
+def load(path: str | os.PathLike[str]) -> Run:
+    """Open a workdir.
+
+    Raises:
+      InputError: it is none, or its results are damaged.
+    """
+    found = Run(Path(path).absolute())
+    if not (found.path / "config.json").exists():
+        raise InputError(f"{found.path} is no workdir of a run: it has no config.json.")
+    return found

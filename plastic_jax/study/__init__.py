@@ -1,0 +1,1 @@
+"""What is to be trained: fields, stages, trials, arms, and the plan."""
