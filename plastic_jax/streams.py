@@ -15,7 +15,8 @@ CLASSES = "classes"  # the order in which classes are dealt to nested stages
 LABEL_NOISE = "label noise"
 ORDER = "order"  # order of stage s, epoch e
 MIXTURE = "mixture"  # draws with replacement of a smooth transition
-INTERVENTION = "intervention"  # fresh draws when a stage starts
+INTERVENTION = "intervention"  # fresh draws when a stage starts, or at an update
+METHOD = "method"  # of an intervention or a diagnostic, with its name
 
 Arguments = ParamSpec("Arguments")
 Drawn = TypeVar("Drawn")

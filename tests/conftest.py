@@ -3,10 +3,14 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import jax
+import pytest
+
+from plastic_jax.registry import Registry
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -14,6 +18,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _COMPILED = tempfile.mkdtemp(prefix="plastic_jax-tests-")
 jax.config.update("jax_compilation_cache_dir", _COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[[Registry, str, object], None]]:
+    """`register(registry, name, entry)` for one test."""
+    added = []
+
+    def add(registry: Registry, name: str, entry: object) -> None:
+        registry.add(name, entry)
+        added.append((registry, name))
+
+    yield add
+    for registry, name in added:
+        registry.remove(name)
 
 
 def pytest_unconfigure() -> None:

@@ -274,7 +274,7 @@ def test_packed_forms_are_measured_beside_mapped_ones(side_by_side):
 
 def test_float64_is_measured_in_float64():
     """JAX's setting is a thread's own."""
-    point = dataclasses.replace(SMALL, compute_dtype="float64")
+    point = SMALL.replace(compute_dtype="float64")
     with jax.enable_x64(True):
         assert len(calibration.measure_all(point, SPEC, (Form("mapped"), Form("packed", 2)), side_by_side=True)) == 2
 

@@ -88,7 +88,7 @@ def test_sequences_of_python_and_numpy_are_taken(given):
 
 def test_every_field_is_documented():
     for name, spec in FIELDS.items():
-        assert spec.metadata["doc"], name
+        assert spec.doc, name
 
 
 def test_fields_without_effect_are_null():

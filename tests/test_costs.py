@@ -54,7 +54,7 @@ def arguments(point, of, form=MAPPED):
         label_noise=0.0,
     )
     state = jax.eval_shape(lambda: made.init(jnp.uint32(0), len(drawn.permutation)))
-    real = dict.fromkeys(("learning_rate", "weight_decay", "accuracy"), np.zeros((), made.dtype))
+    real = dict.fromkeys(("learning_rate", "accuracy"), np.zeros((), made.dtype))
     stage = jax.tree.map(lambda value: shape_of(value.shape, value.dtype), tiny.stage(**real))
     sample = Sample(*(shape_of(getattr(drawn, field.name).shape) for field in dataclasses.fields(Sample)))
     data = {}

@@ -54,8 +54,7 @@ class Block:
 
     def train(self, state, steps, rates):
         """After so many steps, each trial with its own batches: (state, diverged and losses a step, evaluation)."""
-        decay = jnp.asarray(0.01, self.one.dtype)
-        stages = [tiny.stage(learning_rate=jnp.asarray(rate, self.one.dtype), weight_decay=decay) for rate in rates]
+        stages = [tiny.stage(learning_rate=jnp.asarray(rate, self.one.dtype)) for rate in rates]
         stages = jax.tree.map(lambda *leaves: np.stack(leaves), *stages)
         numbers, diverged, losses = np.arange(self.one.point.batch_size), [], []
         for number in range(steps):
@@ -86,9 +85,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "norm", "depth", "blocks"), CASES)
-def test_packed_and_mapped_agree_in_float64_over_twenty_steps(model, norm, depth, blocks, monkeypatch):
+def test_packed_and_mapped_agree_in_float64_over_twenty_steps(model, norm, depth, blocks, register):
     """Draws bit for bit; parameters, statistics and losses within 1e-10, but what Adam makes of a zero gradient."""
-    monkeypatch.setitem(models.MODELS, "small", SMALL_NET)
+    register(models.MODELS, "small", SMALL_NET)
     with jax.enable_x64(True):
         # Twelve layers down, single pixels of 8 examples make statistics so ill-conditioned (a loss of 17) that the
         # order of sums alone moves it by 1e-10 in 20 steps: the deepest net gets half of the examples a batch.
@@ -190,10 +189,10 @@ def test_nothing_but_the_input_is_transposed_and_convolutions_are_dense(trials, 
         assert not re.search(r"feature_group_count = (?!1 )\d+", text)
 
 
-def test_a_new_network_needs_no_word_about_forms(monkeypatch):
+def test_a_new_network_needs_no_word_about_forms(register):
     """A file of under 40 lines, trained in every form; equal in float64."""
     assert len(Path(small_net.__file__).read_text().splitlines()) < 40
-    monkeypatch.setitem(models.MODELS, "small", SMALL_NET)
+    register(models.MODELS, "small", SMALL_NET)
     with jax.enable_x64(True):
         study = tiny.study(warm_start_epochs=(0, 1), tuning_epochs=2, equal_updates=False, compute_dtype="float64")
         study = tiny.of_model(study, "small")

@@ -122,7 +122,7 @@ def stage(**changes: Any) -> Stage:
     """The dynamic values of an ordinary stage on all of `SPEC`'s examples."""
     values: dict[str, Any] = dict(
         seed=np.uint32(0), stream=np.int32(0), size=np.int32(50), steps=np.int32(10), learning_rate=np.float32(0.1),
-        schedule=np.int32(0), weight_decay=np.float32(0.1), accuracy=np.float32(0), restart_batch_stats=np.bool_(False),
+        schedule=np.int32(0), accuracy=np.float32(0), restart_batch_stats=np.bool_(False),
         reset_optimizer=np.bool_(False), redrawn=np.zeros(6, bool), prefix=np.int32(1), gamma=np.float32(-1),
     )  # fmt: skip
     return Stage(**values | changes)
@@ -144,5 +144,5 @@ def one_step(one: Core, state: State, **changes: Any) -> State:
 
 def of_model(of: trial.Study, model: str) -> trial.Study:
     """The study with another network in each of its trials: one that no config field names."""
-    trials = tuple(dataclasses.replace(t, point=dataclasses.replace(t.point, model=model)) for t in of.trials)
+    trials = tuple(dataclasses.replace(t, point=t.point.replace(model=model)) for t in of.trials)
     return dataclasses.replace(of, trials=trials)

@@ -21,8 +21,9 @@ from plastic_jax.benchmarks import compile_for, torch_ways
 from plastic_jax.benchmarks.ways import BATCHES, OBVIOUS, ONE, SPECS, Row, rows_of, tf32, title, torch_work
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
+from plastic_jax.models import MODELS
 from plastic_jax.running.dry_run import device_memory
-from plastic_jax.study.config import MODELS, Config, Sweep
+from plastic_jax.study.config import Config, Sweep
 from plastic_jax.train import calibration, costs, trial_axis
 from plastic_jax.train.choice import candidates
 from plastic_jax.train.trial_axis import Formulation
@@ -122,7 +123,7 @@ def networks(given: dict[str, Any], gpu: bool) -> list[Config]:
     values = {name: value for name, value in given.items() if value not in ((), "", 0)}
     if gpu:
         values.setdefault("compute_dtype", ("float32", "bfloat16"))
-    models = Sweep.of({"model": values.pop("model", MODELS)}).values["model"]
+    models = Sweep.of({"model": values.pop("model", MODELS.names)}).values["model"]
     mlp = dict(model="mlp", depth=2, norm="none", batch_size=128)
     resnet = dict(model="resnet", batch_size=128)
     own: list[dict[str, Any]] = [dict(mlp, width=100), dict(mlp, width=256), dict(resnet, width=8, batch_size=64)]

@@ -59,7 +59,7 @@ def lowered_step(point: Config, spec: DatasetSpec, form: Form, sharding: Any = N
         "gamma": jnp.float32,
         **dict.fromkeys(("restart_batch_stats", "reset_optimizer"), bool),
     }
-    kinds |= dict.fromkeys(("learning_rate", "weight_decay", "accuracy"), real)
+    kinds |= dict.fromkeys(("learning_rate", "accuracy"), real)
     whole = dict.fromkeys(("stream", "size", "steps", "schedule", "prefix"), jnp.int32)
     scalars = {name: of_trials(dtype=kind) for name, kind in (kinds | whole).items()}
     stage = Stage(**scalars, redrawn=of_trials(1, dtype=bool))

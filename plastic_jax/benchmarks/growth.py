@@ -1,6 +1,5 @@
 """How a chunk's time, memory and compilation grow with trials, steps, data, devices and depth."""
 
-import dataclasses
 import math
 import statistics
 import time
@@ -46,7 +45,7 @@ def growth(point: Config, choice: Form, devices: Sequence[Any], seconds: float =
 
     def compiling(depth: int) -> float:
         programs.cache_clear()  # one of these depths has been compiled above
-        live = run(whole, batches, of=dataclasses.replace(point, depth=depth))
+        live = run(whole, batches, of=point.replace(depth=depth))
         begin = time.perf_counter()
         live.lower_chunk().compile()
         return time.perf_counter() - begin

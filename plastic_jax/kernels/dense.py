@@ -61,14 +61,14 @@ def _linear_bwd(saved: Any, gradient: Array) -> Any:
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def adam(trees: tuple[Any, ...], state: optax.ScaleByAdamState, go: ArrayLike, *rates: ArrayLike) -> Any:
+def adam(trees: tuple[Any, ...], state: optax.ScaleByAdamState, go: ArrayLike, learning_rate: ArrayLike) -> Any:
     """Adam's update in one pass over memory, where XLA makes several.
 
     Args:
       trees: gradients and parameters.
       state: moments, and the count of the steps before.
       go: scalar; False leaves parameters and state as they are.
-      rates: learning rate, and weight decay to add to the gradient and to the step.
+      learning_rate: scalar.
 
     Returns:
       The new parameters and state.
@@ -83,7 +83,7 @@ def adam(trees: tuple[Any, ...], state: optax.ScaleByAdamState, go: ArrayLike, *
         raise ValueError("gradients, parameters and moments must be of the same shapes, all float32 or float64.")
     after = optax.safe_increment(state.count)
     unbias = [1 / (1 - jnp.asarray(b, dtype) ** after) for b in (0.9, 0.999)]
-    numbers = jnp.stack([jnp.asarray(x, dtype) for x in (go, *rates, *unbias)])
+    numbers = jnp.stack([jnp.asarray(x, dtype) for x in (go, learning_rate, *unbias)])
     into = {1 + each + n: n for n in range(3 * each)}
     new = library.call("adam", (numbers, *leaves), [leaf.shape for leaf in leaves[each:]], into)
     structure = jax.tree.structure(trees[1])

@@ -165,6 +165,11 @@ class Mapped:
             values = apart.reshape(self.trials, *apart.shape[2:])
         return x.with_values(values)
 
+    def leave(self, x: Activations | Array) -> Array:
+        """Values by trial, [T, B, .., C], in full precision; what is no `Activations` is so already."""
+        values = self.by_trial(x, x.values).values if isinstance(x, Activations) else x
+        return values.astype(self.real)
+
 
 def one_convolution(images_BHWC: Array, kernel_OhwI: Array, stride: int, pad: int) -> Array:
     """XLA's own convolution, [B, H', W', O]."""

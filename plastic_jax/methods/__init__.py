@@ -1,1 +1,1 @@
-"""Optimisers, and what else acts on a network while it trains."""
+"""What acts on a trial: optimisers, interventions, and the diagnostics that watch it. Each is a file of its own."""

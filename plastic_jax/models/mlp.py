@@ -1,10 +1,12 @@
 """A multi-layer perceptron."""
 
+from typing import Any
+
 import flax.linen as nn
 from jax import Array
 
 from plastic_jax.kernels import Activations
-from plastic_jax.models import layers
+from plastic_jax.models import Model, Units, layers
 
 
 class Mlp(nn.Module):
@@ -34,4 +36,25 @@ class Hidden(nn.Module):
     def __call__(self, x: Activations, *, train: bool) -> Activations:
         """Of `width` units."""
         x = layers.Dense(self.width, name="linear")(x)
-        return layers.relu(layers.normalise(self.norm, "norm", x, train))
+        x = layers.relu(layers.normalise(self.norm, "norm", x, train))
+        self.sow("units", "hidden", x)
+        return x
+
+
+def units(point: Any) -> tuple[Units, ...]:
+    """Each hidden layer's."""
+
+    def layer(number: int) -> Units:
+        name, following = f"module_{number}", f"module_{number + 1}"
+        reader = following if number == point.depth else f"{following}/linear"
+        return Units((f"{name}/hidden",), (f"{name}/linear",), (reader,), (f"{name}/norm",))
+
+    return tuple(layer(number) for number in range(1, point.depth + 1))
+
+
+ENTRY = Model(
+    build=lambda point, classes: Mlp(point.width, point.depth, point.norm, classes),
+    modules=lambda depth: depth + 1,
+    units=units,
+    convolutional=False,
+)

@@ -21,6 +21,7 @@ from jax.custom_batching import custom_vmap
 
 from plastic_jax import kernels, streams
 from plastic_jax.kernels import Form
+from plastic_jax.models.flax_module import OneByOne
 
 Tree = Any  # nested dicts of arrays, by the names of the network's modules
 
@@ -49,6 +50,8 @@ class Network:
         """(params, batch_stats, images, labels, counted [B] bool) -> (sum of losses, hits), in evaluation mode."""
         self.logits = self._boundary(self._logits)
         """(params, batch_stats, images) -> logits [B, classes], in evaluation mode."""
+        self.hidden = self._boundary(self._hidden)
+        """(params, batch_stats, images) -> what the hidden units are, [B, .., C] by the name of their layer."""
 
     def init(self, key: Array) -> tuple[Tree, Tree]:
         """Draws one trial's parameters, and its statistics of mean 0 and variance 1 (empty without BatchNorm).
@@ -61,6 +64,9 @@ class Network:
         convolutions as [h, w, I, O], and then cast. So a float64 network starts from the float32 network's values, bit
         for bit, and the draw compiles in a fraction of a second.
         """
+        if isinstance(self.module, OneByOne):
+            drawn = self.module.initial(key, self.shape, kernels.of(self.form, 1, self.compute_dtype).real)
+            return drawn["params"], drawn["batch_stats"]
         shapes = self.shapes()
         leaves: dict[tuple[str, ...], jax.ShapeDtypeStruct] = flatten_dict(shapes["params"])  # pyright: ignore
         fans_in = {path: _fan_in(path, leaves) for path in leaves if _drawn(path, leaves, self.initialisation)}
@@ -88,11 +94,19 @@ class Network:
 
         def init() -> Tree:
             images = one.enter(jnp.zeros((1, 1, *self.shape), jnp.uint8))
-            return self.module.init(jax.random.key(0), images, train=False)
+            return self.module.init(jax.random.key(0), images, train=False, mutable=["params", "batch_stats"])
 
         stacked = jax.eval_shape(init)
         cut = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
         return {"params": cut["params"], "batch_stats": cut.get("batch_stats", {})}
+
+    def _hidden(self, params: Tree, stats: Tree, images: Array) -> dict[str, Array]:
+        trials = jax.tree.leaves(params)[0].shape[0]
+        own = kernels.of(self.form, trials, self.compute_dtype)
+        variables = {"params": params, "batch_stats": stats}
+        _, found = self.module.apply(variables, own.enter(images), train=False, mutable=["units"])
+        layers: dict[str, Any] = flatten_dict(found.get("units", {}), sep="/")  # pyright: ignore
+        return {name: own.leave(values[0]) for name, values in layers.items()}
 
     def _apply(self, params: Tree, stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
         """Logits [T, B, classes] and new statistics of a block."""

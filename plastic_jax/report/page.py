@@ -39,6 +39,11 @@ def _points(value: float | None, *, sign: bool = True, digits: int = 2) -> str:
     return f"{100 * value:{'+' if sign else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def _measured(value: float | None, share: bool) -> str:
+    """A diagnostic's mean: a share in percent, else a number of four digits; '-' for null."""
+    return "-" if value is None else f"{100 * value:.1f}" if share else f"{value:.4g}"
+
+
 def _estimate(gap: float | None, interval: Sequence[float] | None) -> str:
     if gap is None or interval is None:
         return _points(gap)
@@ -145,6 +150,9 @@ def _columns(summary: Sequence[dict[str, Any]], setting: Setting, *, full: bool)
     columns["fit %"] = cells("fit_accuracy", digits=1)
     if full:
         columns["lowest fit %"] = cells("min_fit_accuracy", digits=1)
+    for column in setting.diagnostics:
+        heading = column.name.replace("_", " ") + " %" * column.share
+        columns[heading] = [_measured(row[column.name], column.share) for row in summary]
     columns["gap [95 %]"] = estimates("gap")
     if full and any(row["gap_bootstrap_ci95"] for row in summary):
         columns["bootstrap [95 %]"] = [

@@ -1,9 +1,12 @@
 """From what the nodes recorded to the results table: a shared prefix's rows stand under each of its trials."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from plastic_jax.fields import Column
+from plastic_jax.methods.diagnostics import DIAGNOSTICS
 from plastic_jax.results.tables import Setting
+from plastic_jax.study.config import diagnostics_named
 from plastic_jax.study.plan import Node, ProgramPlan
 from plastic_jax.study.trial import Study
 from plastic_jax.train.schedule import Records
@@ -17,7 +20,12 @@ def columns(study: Study) -> list[str]:
     held = VALIDATION if any(study.sweep.values["validation_fraction"]) else ()
     reached = ("accuracy_reached",) if any(study.sweep.values["stage_accuracy"]) else ()
     head = ["trial", "arm", "seed", *study.swept, "stage", "epoch", "step", "examples_seen"]
-    return [*head, *METRICS, *held, "fit_accuracy", *reached, "diverged"]
+    return [*head, *METRICS, *held, "fit_accuracy", *reached, "diverged", *(c.name for c in diagnostics(study))]
+
+
+def diagnostics(study: Study) -> tuple[Column, ...]:
+    """What is measured beside accuracy and loss."""
+    return tuple(c for name in diagnostics_named(study.sweep.diagnostics) for c in DIAGNOSTICS[name].columns)
 
 
 def setting(study: Study) -> Setting:
@@ -29,6 +37,7 @@ def setting(study: Study) -> Setting:
         metric_epochs=study.sweep.metric_epochs,
         equal_updates=study.sweep.equal_updates,
         eval_every=study.sweep.eval_every,
+        diagnostics=diagnostics(study),
     )
 
 
@@ -38,7 +47,7 @@ def rows(study: Study, program: ProgramPlan, records: Records, only: Iterable[in
     A trial shows its own evaluations alone: those of its `eval_every` and its stages' ends, not the places where
     other trials part from it.
     """
-    values = {arm.arm: arm.values for arm in study.arms}
+    values, names = {arm.arm: arm.values for arm in study.arms}, [c.name for c in diagnostics(study)]
     trials = {trial.trial: trial for trial in program.trials}
     for index in range(len(program.nodes)) if only is None else only:
         node = program.nodes[index]
@@ -53,7 +62,7 @@ def rows(study: Study, program: ProgramPlan, records: Records, only: Iterable[in
                     "arm": trial.arm,
                     "seed": trial.seed,
                     **values[trial.arm],
-                    **_row(node, record, number),
+                    **_row(node, record, number, names),
                 }
 
 
@@ -63,11 +72,11 @@ def _own(node: Node, record: dict[str, Any], trial: int, eval_every: int) -> boo
     return record["last"] and trial in node.ends
 
 
-def _row(node: Node, record: dict[str, Any], trial: int) -> dict[str, Any]:
+def _row(node: Node, record: dict[str, Any], trial: int, diagnostics: Sequence[str]) -> dict[str, Any]:
     batch, stage = node.trial.point.batch_size, node.stage
     diverged = record["diverged"]
     ends = record["done"] or (record["last"] and trial in node.ends)
-    measured = {name: record.get(name) for name in (*METRICS, *VALIDATION) if name in record}
+    measured = {name: record.get(name) for name in (*METRICS, *VALIDATION, *diagnostics) if name in record}
     return {
         "stage": stage.name,
         "epoch": record["step"] * batch / stage.size,

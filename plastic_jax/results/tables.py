@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plastic_jax.errors import InputError
+from plastic_jax.fields import Column
 
 TUNING, CONTINUED = "tuning", "tuning_continued"
 FITTED = 0.99  # mean fit_accuracy from which a network counts as fitting its data
@@ -55,7 +56,7 @@ class Setting:
     arm's name -> the name of the arm to compare it with; a fresh arm maps to itself.
     `metric_epochs`: an accuracy is the mean over this many last epochs of the tuning stage.
     `equal_updates`: whether fresh trials were trained on, as a control for training time.
-    `eval_every`: epochs between a trial's own evaluations.
+    `eval_every`: epochs between a trial's own evaluations. `diagnostics`: what was measured beside accuracy and loss.
     """
 
     swept: tuple[str, ...]
@@ -64,6 +65,7 @@ class Setting:
     metric_epochs: int
     equal_updates: bool
     eval_every: int = 1
+    diagnostics: tuple[Column, ...] = ()
 
     def is_fresh(self, arm: str) -> bool:
         """Whether the arm is one that others are compared with."""
@@ -85,17 +87,21 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write(table: pd.DataFrame, path: str | os.PathLike[str], swept: Sequence[str]) -> None:
+def write(
+    table: pd.DataFrame, path: str | os.PathLike[str], swept: Sequence[str], diagnostics: Sequence[str] = ()
+) -> None:
     """Write the results table so that equal tables give equal bytes, in whatever order they come.
 
     `table`: one row per (trial, stage, step), columns as in `results.parquet` (those of validation
     and `accuracy_reached` may be missing); `swept` names the swept columns, of integers, floats, strings or bools
-    with None, NaN or pandas.NA where a field has no effect. Integers with gaps should come as dtype
+    with None, NaN or pandas.NA where a field has no effect; `diagnostics` names further columns of real numbers.
+    Integers with gaps should come as dtype
     Int64 or object: pandas has already made floats of them otherwise. Metrics that are not finite
     become null. Raises ValueError where a column is missing, unknown or of mixed types, or where
     two rows are of one evaluation.
     """
-    names = [*_HEAD, *swept, *(c for c in _TAIL if c in table.columns or c not in _OPTIONAL)]
+    kinds = {**_HEAD, **_TAIL, **dict.fromkeys(diagnostics, pa.float64())}
+    names = [*_HEAD, *swept, *(c for c in _TAIL if c in table.columns or c not in _OPTIONAL), *diagnostics]
     if missing := [name for name in names if name not in table.columns]:
         raise ValueError(f"the results table lacks the columns {missing}")
     if unknown := [name for name in table.columns if name not in names]:
@@ -103,11 +109,9 @@ def write(table: pd.DataFrame, path: str | os.PathLike[str], swept: Sequence[str
     table = table[names].sort_values(["trial", "stage", "step"], kind="stable")
     if table.duplicated(["trial", "stage", "step"]).any():
         raise ValueError("the results table has two rows of one trial, stage and step")
-    arrays = [_array(table[name], {**_HEAD, **_TAIL}.get(name), name) for name in names]
-    fields = [
-        pa.field(name, array.type, nullable=name in _NULLABLE or name in swept)
-        for name, array in zip(names, arrays, strict=True)
-    ]
+    nullable = {*_NULLABLE, *swept, *diagnostics}
+    arrays = [_array(table[name], kinds.get(name), name, name in nullable) for name in names]
+    fields = [pa.field(name, array.type, nullable=name in nullable) for name, array in zip(names, arrays, strict=True)]
     buffer = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays(arrays, schema=pa.schema(fields)),
@@ -118,14 +122,14 @@ def write(table: pd.DataFrame, path: str | os.PathLike[str], swept: Sequence[str
     replace_file(path, buffer.getvalue())
 
 
-def _array(column: pd.Series, kind: pa.DataType | None, name: str) -> pa.Array:
+def _array(column: pd.Series, kind: pa.DataType | None, name: str, nullable: bool) -> pa.Array:
     """One column as an Arrow array; `kind` None: a swept column, typed by its values."""
     null = column.isna().to_numpy()
     if kind is None:
         values = [None if gap else _plain(v) for v, gap in zip(column.tolist(), null, strict=True)]
         kind = _swept_type(column, {type(value) for value in values if value is not None})
         return pa.array(values, type=kind)
-    if null.any() and name not in _NULLABLE:
+    if null.any() and not nullable:
         raise ValueError(f"the results table has nulls in the column {name!r}")
     if kind == pa.float64():
         numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -177,7 +181,7 @@ def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     """One row per trial, sorted by trial.
 
     `trial`, `arm`, `seed`; `test_accuracy`, `train_accuracy` and, where examples were held back,
-    `validation_accuracy`, means over the rows of the tuning stage whose whole epochs are above the
+    `validation_accuracy`, and the diagnostics, means over the rows of the tuning stage whose whole epochs are above the
     last one's minus metric_epochs (the paper: the last 100); `fit_accuracy`, from the tuning
     stage's end; `steps`, updates over all stages up to there; `finished`: the tuning stage has
     ended (its last row has a fit_accuracy) or the trial diverged; `diverged`: in any stage but the
@@ -188,7 +192,8 @@ def trial_metrics(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     whole = _whole_epochs(tuning)
     last = whole.groupby(tuning["trial"]).transform("max")
     window = tuning[whole > last - setting.metric_epochs]
-    accuracies = [name for name in ("test_accuracy", "train_accuracy", "validation_accuracy") if name in table]
+    measured = ("test_accuracy", "train_accuracy", "validation_accuracy", *(c.name for c in setting.diagnostics))
+    accuracies = [name for name in measured if name in table]
     means = window.groupby("trial")[accuracies].mean()
     ends = tuning.groupby("trial").tail(1).set_index("trial")
     own = table[table["stage"] != CONTINUED]
@@ -325,7 +330,7 @@ def summary(table: pd.DataFrame, setting: Setting) -> list[dict[str, Any]]:
     `trials` counts the finished ones (diverged ones among them), `unreached` those of which a stage
     that was to end by accuracy was ended by its cap. `validation_accuracy` is there where examples
     were held back. `test_accuracy`, `train_accuracy`,
-    `fit_accuracy` and `min_fit_accuracy` are over the trials that did not diverge. `gap` is the
+    `fit_accuracy`, `min_fit_accuracy` and the diagnostics are over the trials that did not diverge. `gap` is the
     mean over the `pairs` of metric(arm) - metric(fresh), null for the fresh arm itself, with
     paired t interval `gap_ci95` from 3 pairs and `gap_bootstrap_ci95` from 20 pairs on.
     `gap_equal_updates` is against the fresh arm after as many updates, over the
@@ -356,7 +361,8 @@ def _arm_summary(
     row |= {field: _plain(arm[field]) for field in setting.swept}
     row |= {"trials": len(own), "pairs": 0, "diverged": int(own["diverged"].sum())}
     row["unreached"] = int(own["unreached"].sum())
-    for column in ("test_accuracy", "train_accuracy", "validation_accuracy", "fit_accuracy"):
+    measured = ("test_accuracy", "train_accuracy", "validation_accuracy", "fit_accuracy")
+    for column in (*measured, *(c.name for c in setting.diagnostics)):
         if column in own:
             row[column] = _plain(own[column].mean())
     row["min_fit_accuracy"] = _plain(own["fit_accuracy"].min())

@@ -11,9 +11,10 @@ from absl import app, flags, logging
 
 from plastic_jax.errors import InputError
 from plastic_jax.running.experiment import Experiment
+from plastic_jax.study import plugins
 from plastic_jax.study.config import FIELDS, Sweep, check_name
 
-OWN = ("preset", "config", "workdir", "data_dir", "dry_run", "overwrite", "wandb", "device_memory_gib")
+OWN = ("preset", "plugin", "config", "workdir", "data_dir", "dry_run", "overwrite", "wandb", "device_memory_gib")
 
 
 def refuse(error: object) -> NoReturn:
@@ -33,6 +34,15 @@ def _preset(argv: Sequence[str], presets: Sequence[str]) -> str:
     return found
 
 
+def _plugins(argv: Sequence[str]) -> list[str]:
+    """The plug-ins' files, read before all other flags, since they add fields."""
+    found = []
+    for k, argument in enumerate(argv):
+        if match := re.fullmatch(r"--?plugin(?:=(.*))?", argument):
+            found.append(match[1] if match[1] is not None else argv[k + 1] if k + 1 < len(argv) else "")
+    return found
+
+
 def last_wins(argv: Sequence[str]) -> list[str]:
     """Without all but the last `--config.FIELD=...` of a field: ml_collections would join their tuples."""
     last = {a.split("=")[0].lstrip("-"): k for k, a in enumerate(argv) if re.match(r"--?config\.[^=]+=", a)}
@@ -42,11 +52,13 @@ def last_wins(argv: Sequence[str]) -> list[str]:
 def _define(experiment: Experiment, argv: Sequence[str]) -> None:
     from ml_collections import ConfigDict, config_flags
 
+    plugins.load(_plugins(argv))
     for argument in argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             check_name(match[1])
     presets = list(experiment.presets)
     flags.DEFINE_enum("preset", presets[0], presets, "the fields' values before --config.FIELD=VALUE")
+    flags.DEFINE_multi_string("plugin", [], "a Python file of your own that registers methods or models (repeatable)")
     flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME-HASH); the same command goes on there")
     flags.DEFINE_string("data_dir", None, "folder of the data set's original files, or of TFDS")
     flags.DEFINE_bool("dry_run", False, "print and write the plan, train nothing")

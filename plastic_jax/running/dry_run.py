@@ -13,7 +13,7 @@ from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.study import plan, trial
-from plastic_jax.study.config import STATIC, Config, Sweep
+from plastic_jax.study.config import Config, Sweep, static_fields
 from plastic_jax.study.plan import ProgramPlan
 from plastic_jax.study.trial import TUNING_STREAM, Study
 from plastic_jax.train import calibration, costs
@@ -104,7 +104,8 @@ def _program(
         narrowed = f"{choice.why.removesuffix('.')}; narrowed to {chosen.form}, for the memory or the plan."
         choice = dataclasses.replace(choice, why=narrowed)
     return {
-        **{name: getattr(point, name) for name in STATIC},
+        **{name: getattr(point, name) for name in static_fields()},
+        "interventions": list(program.interventions),
         "trials": len(program.trials),
         "nodes": len(program.nodes),
         "batches": -(-program.leaves // chosen.slots),
@@ -171,7 +172,7 @@ def _number(value: float) -> str:
 def table_of(described: Mapping[str, Any]) -> str:
     """The plan as text: one line a program, and the totals."""
     programs = described["programs"]
-    varied = [n for n in STATIC if len({p[n] for p in programs}) > 1] or ["model"]
+    varied = [n for n in static_fields() if len({p[n] for p in programs}) > 1] or ["model"]
     heads = [
         *varied,
         "trials",

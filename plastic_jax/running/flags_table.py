@@ -18,7 +18,7 @@ def markdown() -> str:
     """One row a field, in the order of declaration: field, default, kind, what it takes, meaning."""
     rows = [("field", "default", "swept", "allowed", "meaning"), ("---",) * 5]
     for name, spec in FIELDS.items():
-        rows.append((f"`{name}`", f"`{spec.default}`", spec.metadata["kind"], allowed(name), spec.metadata["doc"]))
+        rows.append((f"`{name}`", f"`{spec.default}`", spec.kind, allowed(name), spec.doc))
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n" for row in rows)
 
 

@@ -29,7 +29,7 @@ from plastic_jax.running import experiment, workdir
 from plastic_jax.running.checkpoint import Checkpoints
 from plastic_jax.running.dry_run import describe, table_of
 from plastic_jax.running.loading import Run, load
-from plastic_jax.study import plan, trial
+from plastic_jax.study import plan, plugins, trial
 from plastic_jax.study.config import Sweep, canonical
 from plastic_jax.train.program import ProgramRun
 from plastic_jax.train.schedule import Records
@@ -229,6 +229,7 @@ def _config_file(
     return {
         "experiment": of.name,
         "config": study.sweep.as_dict(),
+        "plugins": [dataclasses.asdict(found) for found in plugins.REGISTERED],
         **_session(options),
         "resumed": [],
         "datasets": {name: {**dataclasses.asdict(s.spec), "crc32": _crc(s)} for name, s in sets.items()},
@@ -390,7 +391,8 @@ class Training:
         table = pd.DataFrame(
             {n: pd.Series(c, dtype=object if n in self.study.swept else None) for n, c in found.items()}
         )
-        tables.write(table, self.path / "results.parquet", self.study.swept)
+        measured = [column.name for column in rows.diagnostics(self.study)]
+        tables.write(table, self.path / "results.parquet", self.study.swept, measured)
 
     def _report(self, tracker: tracking.Tracker) -> None:
         begin = time.monotonic()

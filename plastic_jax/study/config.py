@@ -4,48 +4,123 @@ A `Config` is one *point* of a sweep: one value a field. A `Sweep` holds a tuple
 `Sweep.points()` is their product. Both are checked here, and only here, before any work starts.
 """
 
-import dataclasses
 import difflib
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, dataclass_transform
 
 from plastic_jax.errors import InputError
+from plastic_jax.fields import Field
+from plastic_jax.methods.diagnostics import DIAGNOSTICS
+from plastic_jax.methods.interventions import INTERVENTIONS
+from plastic_jax.methods.optimisers import OPTIMISERS
+from plastic_jax.methods.schedules import SCHEDULES
+from plastic_jax.models import MODELS
 
-MODELS = ("mlp", "resnet")
 NORMS = ("batch", "layer", "none")
 INITIALISATIONS = ("pytorch", "he", "lecun")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
-OPTIMIZERS = ("adam", "rmsprop", "sgd", "momentum")
-SCHEDULES = ("constant", "cosine", "linear")
 KERNELS = ("packed", "mapped", "products", "native")
-INTERVENTIONS = ("none", "reinitialise")
+BEGINNINGS = ("none", "reinitialise")
+
+FIELDS: dict[str, Field] = {}
+"""All fields by name: those of `Config`, then those that interventions and diagnostics declare."""
 
 
-def _field(
-    default: Any,
-    kind: str,
-    doc: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A field of `Config`; `low` and `high` are allowed themselves, `above` is not.
+def _field(default: Any, kind: str, doc: str, **more: Any) -> Any:
+    return Field(default, kind, doc, **more)
 
-    `kind`: *static* changes the compiled program, *dynamic* is an array with a trial axis (both can be
-    swept), *run* is one value for the whole run.
+
+def add_fields(fields: Mapping[str, Field], owner: str) -> None:
+    """Take the fields of a method into the config.
+
+    Raises:
+      InputError: a name is taken, or is none.
     """
-    metadata = dict(kind=kind, doc=doc, choices=choices, low=low, high=high, above=above)
-    return dataclasses.field(default=default, metadata=metadata)
+    for name in fields:
+        if name in FIELDS or name in REPLACED or name == "more":
+            raise InputError(f"{owner} declares the field {name!r}, which exists already.")
+        if not name.isidentifier():
+            raise InputError(f"{owner} declares the field {name!r}: a name has letters, digits and _ alone.")
+    for name, field in fields.items():
+        FIELDS[name] = field.named(name)
 
 
-@dataclass(frozen=True)
-class Config:
+def reset_modules(text: str) -> tuple[int, ...]:
+    """The module numbers that a value of `reset` names, ascending: 1-3+6 -> (1, 2, 3, 6); () for none.
+
+    Raises:
+      ValueError: it is not of that form.
+    """
+    if text == "none":
+        return ()
+    found: set[int] = set()
+    for part in text.replace(" ", "").split("+"):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(text)
+        found |= {*range(first, last + 1)}
+    return tuple(sorted(found))
+
+
+def reset_text(modules: tuple[int, ...]) -> str:
+    """The one spelling of a set of modules: ranges as long as can be, ascending."""
+    starts = [m for m in modules if m - 1 not in modules]
+    ends = [m for m in modules if m + 1 not in modules]
+    return "+".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) or "none"
+
+
+def diagnostics_named(text: str) -> tuple[str, ...]:
+    """The diagnostics that a value of `diagnostics` names, in the registry's order; () for none.
+
+    Raises:
+      ValueError: one of them is none.
+    """
+    named = set(text.replace(" ", "").split("+")) if text != "none" else set()
+    if not named <= set(DIAGNOSTICS):
+        raise ValueError(text)
+    return tuple(name for name in DIAGNOSTICS if name in named)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(_field,))
+class _Declared:
+    """What `Config` is built on: values of declared fields, defaults for the others; equal ones hash alike."""
+
+    def __init_subclass__(cls) -> None:
+        for name, field in list(vars(cls).items()):
+            if isinstance(field, Field):
+                FIELDS[name] = field.named(name)
+                delattr(cls, name)
+
+    def __init__(self, **values: Any):
+        if unknown := [name for name in values if name not in FIELDS]:
+            raise TypeError(f"{unknown[0]} is no field of the config")
+        own = {name: value for name, value in values.items() if value != FIELDS[name].default}
+        vars(self).update({name: field.default for name, field in FIELDS.items()} | values, _own=own)
+
+    def __getattr__(self, name: str) -> Any:
+        """Of a field that was declared later, its default."""
+        if name.startswith("_") or name not in FIELDS:
+            raise AttributeError(name)
+        return FIELDS[name].default
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} cannot be changed: use replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._own == other._own
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._own.items())))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._own.items())})"
+
+
+class Config(_Declared):
     """One point of a sweep. Defaults are the paper's common setting (arXiv 2106.00042)."""
 
     # fmt: off
@@ -53,25 +128,23 @@ class Config:
     train_examples: int = _field(0, "static", "size of the train set, drawn anew by each seed; 0 = all", low=0)
     validation_fraction: float = _field(0.0, "static", "share of the train set held back and evaluated beside the test set, for choosing settings", low=0.0, high=0.9)
     label_noise: float = _field(0.0, "dynamic", "share of the train labels replaced by another class, uniformly", low=0.0, high=1.0)
-    model: str = _field("resnet", "static", "model", choices=MODELS)
+    model: str = _field("resnet", "static", "model", choices=lambda: MODELS.names)
     width: int = _field(64, "static", "units a hidden layer (mlp), or channels w of the first module (resnet)", low=1)
     depth: int = _field(2, "static", "hidden layers (mlp), or basic blocks d a module (resnet)", low=1)
     norm: str = _field("batch", "static", "normalisation", choices=NORMS)
     initialisation: str = _field("pytorch", "static", "initialisation: PyTorch's default (kaiming uniform, a = sqrt 5), he or lecun", choices=INITIALISATIONS)
     compute_dtype: str = _field("float32", "static", "arithmetic; parameters stay float32 (float64 is for verification)", choices=COMPUTE_DTYPES)
-    optimizer: str = _field("adam", "static", "optimiser", choices=OPTIMIZERS)
+    optimizer: str = _field("adam", "static", "optimiser", choices=lambda: OPTIMISERS.names)
     learning_rate: float = _field(1e-3, "dynamic", "learning rate", above=0.0)
     tuning_learning_rate_factor: float = _field(1.0, "dynamic", "the tuning stage's learning rate over `learning_rate` (fresh arm too)", above=0.0)
     schedule: str = _field("constant", "dynamic", "learning rate over a stage: constant, or falling to 0 by a cosine or a line", choices=SCHEDULES)
-    weight_decay: float = _field(0.0, "dynamic", "weight decay, as L2 in the gradient", low=0.0)
-    decoupled: bool = _field(False, "static", "weight decay apart from the gradient (AdamW) instead")
     batch_size: int = _field(128, "static", "examples a step", low=1)
     pretraining_fraction: float = _field(0.5, "dynamic", "share of the train set that a single pretraining stage sees (with `uniform_fraction` = 1; else without effect)", above=0.0, high=1.0)
     warm_start_epochs: int = _field(350, "dynamic", "epochs of each pretraining stage: passes over its own subset; 0 = fresh", low=0)
     pretraining_stages: int = _field(1, "dynamic", "n, stages before the tuning stage, on nested subsets of the train set (the paper's figure 4); 0 = fresh", low=0)
     uniform_fraction: float = _field(1.0, "dynamic", "r, share of the train set that is dealt to the stages at random; the rest comes class by class (figure 4, right)", low=0.0, high=1.0)
-    reset: str = _field("none", "dynamic", "modules re-initialised when tuning begins after pretraining (figure 6): none, or numbers and ranges joined by +, as 6, 1-3, 1+4-6")
-    intervention: str = _field("none", "dynamic", "what happens to the parameters when a stage after the first begins: none, or all of them are drawn anew", choices=INTERVENTIONS)
+    reset: str = _field("none", "dynamic", "modules re-initialised when tuning begins after pretraining (figure 6): none, or numbers and ranges joined by +, as 6, 1-3, 1+4-6", read=lambda text: reset_text(reset_modules(text)), takes="none, or module numbers and ranges joined by +, as 6, 1-3, 1+4-6")
+    intervention: str = _field("none", "dynamic", "what happens to the parameters when a stage after the first begins: none, or all of them are drawn anew", choices=BEGINNINGS)
     chunk_examples: int = _field(0, "dynamic", "online setting (Ash & Adams): so many further examples arrive before each stage, each of at most `tuning_epochs` on all that are there; 0 = off", low=0)
     transition: str = _field("abrupt", "dynamic", "from the pretraining subset to the whole train set: abrupt (two stages), or smooth (one stage that mixes them, the paper's figure 3)", choices=("abrupt", "smooth"))
     gamma: float = _field(0.5, "dynamic", "smooth transition: at step n of N an example comes from the whole train set with probability 1 - gamma^(50 n / N), else from the subset; 0 = always from the whole", low=0.0, high=1.0)
@@ -86,6 +159,7 @@ class Config:
     equal_updates: bool = _field(True, "run", "train the fresh arm on, to each pretrained arm's total number of updates, as a control")
     seeds: int = _field(5, "run", "number of seeds", low=1)
     first_seed: int = _field(0, "run", "the first seed; the others follow it", low=0, high=2**31 - 2)
+    diagnostics: str = _field("none", "run", "what is measured beside accuracy and loss, at each evaluation: none, or names joined by +", read=lambda text: "+".join(diagnostics_named(text)) or "none", takes=lambda: "none, or names joined by + of " + ", ".join(DIAGNOSTICS.names))
     keep: str = _field("none", "run", "models kept for `plastic_jax.load`: none, at trials' ends, or at every stage's end", choices=("none", "ends", "stages"))
     checkpoint_minutes: float = _field(5.0, "run", "minutes between checkpoints", above=0.0)
     kernels: str = _field("auto", "run", "how trials are computed: packed in blocks (for accelerators, MLPs everywhere), mapped one after another, products or native (a CPU's convolutional nets; native is compiled by this machine's C++ compiler), or auto: measured before a long run, by rule before a short one", choices=("auto", *KERNELS))
@@ -109,10 +183,23 @@ class Config:
         shaped = self.course == "pretrained" and self.uniform_fraction < 1
         return (self.pretraining_stages, self.uniform_fraction) if shaped else (1, 1.0)
 
+    def replace(self, **values: Any) -> "Config":
+        """The same with other values."""
+        return Config(**{**self._own, **values})
 
-FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(Config)}
-SWEPT_KINDS = ("static", "dynamic")
-STATIC = tuple(name for name, f in FIELDS.items() if f.metadata["kind"] == "static")
+    def compiled(self) -> "Config":
+        """The values that a program is compiled for, and defaults for the others."""
+        names = {"diagnostics", *static_fields()}
+        for name in diagnostics_named(self.diagnostics):
+            names |= {*DIAGNOSTICS[name].fields}
+        return Config(**{name: value for name, value in self._own.items() if name in names})
+
+
+def static_fields() -> tuple[str, ...]:
+    """The names of the static fields."""
+    return tuple(name for name, field in FIELDS.items() if field.kind == "static")
+
+
 # Fields that may differ between a run and its resumption: they change no result.
 UNESSENTIAL = ("checkpoint_minutes",)
 # Fields of earlier versions, and what took their place.
@@ -122,87 +209,14 @@ REPLACED = {
 }
 
 
+for _kind in (INTERVENTIONS, DIAGNOSTICS):
+    for _name, _entry in _kind.items():
+        add_fields(_entry.fields, f"{_kind.kind} {_name}")
+
+
 def allowed(name: str) -> str:
     """What a field takes, in words: `a whole number of at least 1`."""
-    spec = FIELDS[name]
-    low, high, above = (spec.metadata[k] for k in ("low", "high", "above"))
-    if spec.metadata["choices"]:
-        return "one of " + ", ".join(spec.metadata["choices"])
-    if spec.type is bool:
-        return "True or False"
-    if name == "reset":
-        return "none, or module numbers and ranges joined by +, as 6, 1-3, 1+4-6"
-    if spec.type is str:
-        return "a name"
-    whole = spec.type is int
-    words = "a whole number" if whole else "a number"
-    if above is not None:
-        words += f" above {above:g}"
-    if low is not None:
-        words += f" from {low:g}" if high is not None else f" of at least {low:g}"
-    return words + (f" to {high}" if whole and high is not None else f" to {high:g}" if high is not None else "")
-
-
-def _refuse(name: str, value: Any) -> InputError:
-    return InputError(f"--config.{name}={value!r} is not allowed: {name} takes {allowed(name)}.")
-
-
-def reset_modules(text: str) -> tuple[int, ...]:
-    """The module numbers that a value of `reset` names, ascending: 1-3+6 -> (1, 2, 3, 6); () for none.
-
-    Raises:
-      InputError: it is not of that form.
-    """
-    if text == "none":
-        return ()
-    found: set[int] = set()
-    for part in text.replace(" ", "").split("+"):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last:
-            raise _refuse("reset", text)
-        found |= {*range(first, last + 1)}
-    return tuple(sorted(found))
-
-
-def reset_text(modules: tuple[int, ...]) -> str:
-    """The one spelling of a set of modules: ranges as long as can be, ascending."""
-    starts = [m for m in modules if m - 1 not in modules]
-    ends = [m for m in modules if m + 1 not in modules]
-    return "+".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) or "none"
-
-
-def check_value(name: str, value: Any) -> Any:
-    """`value` in the field's own type, or an `InputError`."""
-    spec = FIELDS[name]
-    if spec.type is bool:
-        named = {"true": True, "false": False}
-        if isinstance(value, str) and value.lower() in named:
-            value = named[value.lower()]
-        if not isinstance(value, bool):
-            raise _refuse(name, value)
-        return value
-    if name == "reset" and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)  # --config.reset=6 comes as a number
-    if spec.type is str:
-        if not isinstance(value, str) or not value:
-            raise _refuse(name, value)
-        if name == "reset":
-            return reset_text(reset_modules(value))
-        if spec.metadata["choices"] and value not in spec.metadata["choices"]:
-            raise _refuse(name, value)
-        return value
-    if isinstance(value, bool) or not isinstance(value, int if spec.type is int else (int, float)):
-        raise _refuse(name, value)
-    if not math.isfinite(value):
-        raise _refuse(name, value)
-    low, high, above = (spec.metadata[k] for k in ("low", "high", "above"))
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise _refuse(name, value)
-    if (above is not None and value <= above) or (spec.type is int and value > 2**31 - 1):
-        raise _refuse(name, value)
-    kind: Any = spec.type
-    return kind(value)
+    return FIELDS[name].allowed()
 
 
 def check_name(name: str) -> None:
@@ -244,12 +258,12 @@ class Sweep:
                 given = (given,)
             if len(given) == 1 and isinstance(given[0], str) and "," in given[0]:
                 given = tuple(part.strip() for part in given[0].split(","))
-            given = tuple(check_value(name, value) for value in given)
+            given = tuple(spec.check(value) for value in given)
             if not given:
                 raise InputError(f"--config.{name}=() is empty: name at least one value.")
             if len(set(given)) < len(given):
                 raise InputError(f"--config.{name}={given} names a value twice: each counts once.")
-            if len(given) > 1 and spec.metadata["kind"] not in SWEPT_KINDS:
+            if len(given) > 1 and not spec.swept:
                 raise InputError(f"--config.{name}={given} is not allowed: {name} takes one value for the whole run.")
             checked[name] = given
         return cls(checked)
@@ -274,7 +288,7 @@ class Sweep:
 
 def canonical(point: Config) -> dict[str, Any]:
     """The point's swept-kind fields, null where a field has no effect: equal ones are one trial (contract 10)."""
-    values = {n: getattr(point, n) for n, f in FIELDS.items() if f.metadata["kind"] in SWEPT_KINDS}
+    values = {n: getattr(point, n) for n, field in FIELDS.items() if field.swept}
     course, later = point.course, point.course in ("pretrained", "online")  # later: stages after the first
     if course != "smooth":
         values["gamma"] = None
@@ -292,10 +306,13 @@ def canonical(point: Config) -> dict[str, Any]:
         values["pretraining_fraction"] = None
     if not point.stage_accuracy or not (later or point.accuracy_ends == "all"):
         values.update(stage_accuracy=0.0, accuracy_ends=None, max_stage_epochs=None)
-    if point.optimizer == "sgd":  # it has no state
+    if not OPTIMISERS[point.optimizer].keeps_state:
         values["reset_optimizer"] = None
     if point.norm != "batch":
         values["batch_stats"] = None
-    if not point.weight_decay:
-        values["decoupled"] = None
+    for method in INTERVENTIONS.values():
+        if not (later or method.in_steps):
+            values |= dict.fromkeys(method.fields)
+        elif not method.active(point):
+            values |= {name: None for name, field in method.fields.items() if field.off is None}
     return values

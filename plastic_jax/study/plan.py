@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from plastic_jax.data import sampler
+from plastic_jax.methods.interventions import INTERVENTIONS
 from plastic_jax.study.config import Config
 from plastic_jax.study.trial import CONTINUED, NO_MIXTURE, Stage, Study, Trial
 
@@ -54,6 +55,12 @@ class ProgramPlan:
     point: Config
     trials: tuple[Trial, ...]
     nodes: tuple[Node, ...]
+
+    @property
+    def interventions(self) -> tuple[str, ...]:
+        """Those that act in one of its stages, in the registry's order."""
+        acting = {name for node in self.nodes for name in node.stage.acting}
+        return tuple(name for name in INTERVENTIONS if name in acting)
 
     @property
     def mixes(self) -> bool:

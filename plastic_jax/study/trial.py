@@ -15,7 +15,9 @@ import numpy as np
 from plastic_jax import models
 from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.errors import InputError
-from plastic_jax.study.config import FIELDS, STATIC, SWEPT_KINDS, Config, Sweep, canonical, reset_modules
+from plastic_jax.methods.diagnostics import DIAGNOSTICS
+from plastic_jax.methods.interventions import INTERVENTIONS
+from plastic_jax.study.config import FIELDS, Config, Sweep, canonical, diagnostics_named, reset_modules, static_fields
 
 PRETRAINING, CHUNK, TUNING, CONTINUED = "pretraining", "chunk", "tuning", "tuning_continued"
 # The tuning stage's order stream, its own whatever comes before it (contract 2); stage i before it has stream i.
@@ -33,7 +35,8 @@ class Stage:
 
     It ends after `epochs`, or at the end of the first epoch whose train accuracy reaches `accuracy` (0: never early).
     What happens at its start: BatchNorm's statistics and the optimiser's state are restarted or carried, and the
-    modules `redrawn` (numbers from 1) are re-initialised.
+    modules `redrawn` (numbers from 1) are re-initialised. `acting` names the interventions that act at its start or
+    during it, `strengths` are their dynamic fields with their values.
     A smooth transition (`gamma` not NO_MIXTURE) draws its examples, with replacement, from the whole `size` or from
     the first `prefix`; an epoch is then as many examples as `size`.
     """
@@ -43,13 +46,14 @@ class Stage:
     size: int
     epochs: int
     learning_rate: float
-    weight_decay: float
     accuracy: float
     restart_batch_stats: bool
     reset_optimizer: bool
     redrawn: tuple[int, ...] = ()
     prefix: int = 0
     gamma: float = NO_MIXTURE
+    acting: tuple[str, ...] = ()
+    strengths: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,12 @@ class Trial:
 
     @property
     def program(self) -> tuple[Any, ...]:
-        """Trials with equal keys run in one compiled program."""
-        return tuple(getattr(self.point, name) for name in STATIC)
+        """Trials with equal keys run in one compiled program: those of the same static values and interventions.
+
+        Interventions that act at a stage's start alone are another program's affair, and part no trials.
+        """
+        acting = (name for name, method in INTERVENTIONS.items() if method.in_steps and method.active(self.point))
+        return (*(getattr(self.point, name) for name in static_fields()), *acting)
 
     @property
     def sample(self) -> tuple[Any, ...]:
@@ -130,6 +138,9 @@ def stages(point: Config, sizes: tuple[int, ...]) -> tuple[Stage, ...]:
         elif last and course == "pretrained":
             redrawn = reset_modules(point.reset)
         anew = first or point.intervention == "reinitialise"
+        acting = [n for n, method in INTERVENTIONS.items() if method.active(point) and (method.in_steps or not first)]
+        dynamic = [f for n in acting for f, field in INTERVENTIONS[n].fields.items() if field.kind == "dynamic"]
+        strengths = tuple((name, getattr(point, name)) for name in dynamic)
         factor = point.tuning_learning_rate_factor if last and course != "online" else 1.0
         found.append(
             Stage(
@@ -138,11 +149,12 @@ def stages(point: Config, sizes: tuple[int, ...]) -> tuple[Stage, ...]:
                 size=size,
                 epochs=epochs,
                 learning_rate=point.learning_rate * factor,
-                weight_decay=point.weight_decay,
                 accuracy=accuracy,
                 restart_batch_stats=anew or point.batch_stats == "restart",
                 reset_optimizer=anew or point.reset_optimizer,
                 redrawn=redrawn,
+                acting=tuple(acting),
+                strengths=strengths,
             )
         )
     if course == "smooth":
@@ -152,8 +164,22 @@ def stages(point: Config, sizes: tuple[int, ...]) -> tuple[Stage, ...]:
     return tuple(found)
 
 
+def _check_units(point: Config) -> None:
+    """Refuse methods that act on units, or measure them, where the model declares none."""
+    wanted = [("diagnostics", name) for name in diagnostics_named(point.diagnostics) if DIAGNOSTICS[name].needs_units]
+    for method in INTERVENTIONS.values():
+        if method.needs_units and method.active(point):
+            wanted += [(n, getattr(point, n)) for n, field in method.fields.items() if field.off is not None]
+    if wanted and not models.MODELS[point.model].units(point):
+        field, value = wanted[0]
+        raise InputError(
+            f"--config.{field}={value} is not allowed with model={point.model}: this model does not declare its units."
+        )
+
+
 def _check(point: Config, spec: DatasetSpec) -> None:
     """Refuse a point whose fields are each allowed but impossible together."""
+    _check_units(point)
     rounded = float(np.float32(point.gamma))  # as the compiled program has it
     if point.transition == "smooth" and (rounded >= 1 or (point.gamma and not rounded)):
         raise InputError(
@@ -257,7 +283,7 @@ def _check_run(sweep: Sweep) -> None:
 
 
 def _fresh(point: Config, fresh: Mapping[str, Any]) -> Config:
-    return dataclasses.replace(point, **fresh)
+    return point.replace(**fresh)
 
 
 def _trial_sizes(point: Config, spec: DatasetSpec, seed: int, labels: np.ndarray | None) -> tuple[int, ...]:
@@ -307,11 +333,7 @@ def study(
             _check(candidate, specs[candidate.dataset])
             points.setdefault(tuple(canonical(candidate).values()), candidate)
     values = [dict(zip(canonical(p), key, strict=True)) for key, p in points.items()]
-    varied = {
-        name
-        for name, spec in FIELDS.items()
-        if spec.metadata["kind"] in SWEPT_KINDS and (name in fresh or len(sweep.values[name]) > 1)
-    }
+    varied = {name for name, spec in FIELDS.items() if spec.swept and (name in fresh or len(sweep.values[name]) > 1)}
     swept = tuple(name for name in FIELDS if name in varied)
 
     def label(value: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from plastic_jax import backend
 from plastic_jax.data import Dataset, DatasetSpec
 from plastic_jax.kernels import Form
 from plastic_jax.study import plan, trial
-from plastic_jax.study.config import FIELDS, STATIC, Config, Sweep
+from plastic_jax.study.config import Config, Sweep, static_fields
 from plastic_jax.train.choice import candidates
 from plastic_jax.train.program import ProgramRun
 from plastic_jax.train.trial_axis import Formulation
@@ -147,7 +147,7 @@ def best(found: Sequence[Form], milliseconds: dict[str, float]) -> Form:
 
 
 def _key(point: Config, spec: DatasetSpec, found: Sequence[Form]) -> str:
-    values = {name: getattr(point, name) for name in STATIC if name not in _UNMEASURED}
+    values = {name: getattr(point, name) for name in static_fields() if name not in _UNMEASURED}
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
     ours = [
         zlib.crc32(file.read_bytes())
@@ -184,7 +184,7 @@ def synthetic(spec: DatasetSpec, examples: int, tests: int = TESTS) -> Dataset:
 def trainer(point: Config, dataset: Dataset, form: Formulation, devices: Sequence[Any]) -> ProgramRun:
     """The core on that data set with as many fresh trials as slots, which do not end."""
     longest = (2**31 - 1 - point.batch_size) // len(dataset.train_labels) - 1
-    values = {name: getattr(point, name) for name in FIELDS if FIELDS[name].metadata["kind"] == "static"}
+    values = {name: getattr(point, name) for name in static_fields()}
     values |= dict(train_examples=0, validation_fraction=0.0, warm_start_epochs=0, tuning_epochs=longest)
     values |= dict(metric_epochs=1, seeds=form.slots, equal_updates=False, dataset=dataset.spec.name)
     study = trial.study(Sweep.of(values), {dataset.spec.name: dataset.spec}, {"warm_start_epochs": 0})

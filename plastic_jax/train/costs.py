@@ -10,7 +10,6 @@ values, XLA computes still more of them anew (up to 5 % of a step), which is not
 Bytes are estimates, but for state and data: the compiler decides what to keep.
 """
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ def costs(point: Config, spec: DatasetSpec) -> Costs:
 @functools.lru_cache(maxsize=256)
 def parameters_count(point: Config, spec: DatasetSpec) -> int:
     """Number of parameters: 11 173 962 for a ResNet of width 64, depth 2, BatchNorm, 10 classes and 3 channels."""
-    point = dataclasses.replace(point, compute_dtype="float32")  # counts the same, also where JAX has no float64
+    point = point.replace(compute_dtype="float32")  # counts the same, also where JAX has no float64
     network = models.network(point, spec.shape, spec.classes, Form("mapped"))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.shapes()["params"]))
 

@@ -6,7 +6,9 @@ import numpy as np
 
 from plastic_jax import models
 from plastic_jax.data import Dataset, sampler
-from plastic_jax.study.config import SCHEDULES, Config
+from plastic_jax.methods.interventions import INTERVENTIONS
+from plastic_jax.methods.schedules import SCHEDULES
+from plastic_jax.study.config import Config
 from plastic_jax.study.plan import Node
 from plastic_jax.train.state import Sample, Stage
 
@@ -39,21 +41,26 @@ class Samples:
             whole[slot] = getattr(self._drawn[key], name)
 
 
-def stages(nodes: Sequence[Node | None], point: Config, real: np.dtype) -> Stage:
+def stages(nodes: Sequence[Node | None], point: Config, real: np.dtype, interventions: Sequence[str] = ()) -> Stage:
     """The dynamic values of each slot's stage.
 
     Args:
       nodes: each slot's node, None for a free one.
       point: the program's static values.
       real: the kind of real numbers.
+      interventions: those that the program has.
     """
     kinds = {
         "seed": np.uint32, "stream": np.int32, "size": np.int32, "steps": np.int32, "learning_rate": real,
-        "weight_decay": real, "accuracy": real, "restart_batch_stats": bool, "reset_optimizer": bool,
+        "accuracy": real, "restart_batch_stats": bool, "reset_optimizer": bool,
         "prefix": np.int32, "gamma": np.float32, "schedule": np.int32,
     }  # fmt: skip
     arrays = {name: np.zeros(len(nodes), kind) for name, kind in kinds.items()}
     arrays["size"][:] = arrays["prefix"][:] = 1
+    methods = {name: INTERVENTIONS[name].fields for name in interventions}
+    acting = {name: np.zeros(len(nodes), bool) for name in methods}
+    dynamic = [name for fields in methods.values() for name, field in fields.items() if field.kind == "dynamic"]
+    strengths = {name: np.zeros(len(nodes), real) for name in dynamic}
     redrawn = np.zeros((len(nodes), models.modules(point.model, point.depth)), bool)
     for i, node in enumerate(nodes):
         if node is None:
@@ -67,5 +74,9 @@ def stages(nodes: Sequence[Node | None], point: Config, real: np.dtype) -> Stage
                 array[i] = sampler.stage_steps(node.stage.size, node.stage.epochs, point.batch_size)
             else:
                 array[i] = max(1, node.stage.prefix) if name == "prefix" else getattr(node.stage, name)
+        for name in node.stage.acting:
+            acting[name][i] = True
+        for name, value in node.stage.strengths:
+            strengths[name][i] = value
         redrawn[i, [number - 1 for number in node.stage.redrawn]] = True
-    return Stage(**arrays, redrawn=redrawn)
+    return Stage(**arrays, redrawn=redrawn, acting=acting, strengths=strengths)

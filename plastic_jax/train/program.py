@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 from plastic_jax.data import Dataset
 from plastic_jax.kernels import Form
 from plastic_jax.results.tables import replace_file
-from plastic_jax.study.config import STATIC, Config
-from plastic_jax.study.plan import ProgramPlan
+from plastic_jax.study.config import Config
+from plastic_jax.study.plan import Node, ProgramPlan
 from plastic_jax.train import core, inputs, trial_axis
 from plastic_jax.train.schedule import Records, Schedule, Slot
-from plastic_jax.train.state import Beginning, resident
+from plastic_jax.train.state import Beginning, Stage, resident
 from plastic_jax.train.trial_axis import Formulation
 
 Tree = Any
@@ -56,10 +56,16 @@ class Compiled:
 
 @lru_cache(maxsize=16)
 def programs(
-    static: Config, shape: tuple[int, int, int], classes: int, form: Form, mixes: bool, over: Mesh
+    static: Config,
+    shape: tuple[int, int, int],
+    classes: int,
+    form: Form,
+    mixes: bool,
+    over: Mesh,
+    interventions: tuple[str, ...] = (),
 ) -> Compiled:
     """Made, and so compiled, once in a process for equal static values; `programs.cache_clear()` forgets them."""
-    one = core.Core(static, shape, classes, form, mixes)
+    one = core.Core(static, shape, classes, form, mixes, interventions)
     over_trials = trial_axis.over_trials
     return Compiled(
         one,
@@ -87,9 +93,9 @@ class ProgramRun:
         self.plan, self.dataset, self.formulation = program, dataset, formulation
         self.nodes, self._say = program.nodes, say
         self.mesh = trial_axis.mesh(devices[: formulation.devices(len(devices))])
-        static = Config(**{name: getattr(program.point, name) for name in STATIC})
+        shape, classes = dataset.spec.shape, dataset.spec.classes
         self._compiled = programs(
-            static, dataset.spec.shape, dataset.spec.classes, formulation.form, program.mixes, self.mesh
+            program.point.compiled(), shape, classes, formulation.form, program.mixes, self.mesh, program.interventions
         )
         self.core = self._compiled.core
         self._data = trial_axis.replicated(resident(dataset), self.mesh)
@@ -147,7 +153,7 @@ class ProgramRun:
 
     def _compile(self) -> None:
         """Compile all that the run will call, side by side, but for what is compiled already."""
-        stages = inputs.stages([None] * len(self.slots), self.plan.point, np.dtype(self.core.dtype))
+        stages = self._stages([None] * len(self.slots))
         flag, target = np.zeros(len(self.slots), bool), np.zeros(len(self.slots), np.int32)
         how = Beginning(flag, flag, flag)
         state, stage, sample, flag, target, how = (
@@ -190,6 +196,9 @@ class ProgramRun:
         if dealt or self._stage is None:
             self._tell(dealt)
 
+    def _stages(self, nodes: Sequence[Node | None]) -> Stage:
+        return inputs.stages(nodes, self.plan.point, np.dtype(self.core.dtype), self.plan.interventions)
+
     def _tell(self, dealt: list[int]) -> None:
         nodes = [None if slot.node is None else self.nodes[slot.node] for slot in self.slots]
         loads = {i: source for i in dealt if (source := self.slots[i].source) is not None and source >= 0}
@@ -208,7 +217,7 @@ class ProgramRun:
         for i, node in given.items():
             self._samples.put(i, node)
         self._sample = trial_axis.sharded(self._sample_host, self.mesh)
-        stages = inputs.stages(nodes, self.plan.point, np.dtype(self.core.dtype))
+        stages = self._stages(nodes)
         self._stage = trial_axis.sharded(stages, self.mesh)
         if given:
             how = Beginning(*(np.zeros(len(self.slots), bool) for _ in range(3)))
@@ -240,7 +249,9 @@ class ProgramRun:
         """Read a chunk's metrics into the records; move on trials that ended by accuracy or diverged."""
         if pending is None:
             return
-        metrics = {k: np.asarray(v) for k, v in vars(jax.device_get(pending.metrics)).items() if v is not None}
+        fetched = dict(vars(jax.device_get(pending.metrics)))
+        fetched |= fetched.pop("diagnostics")
+        metrics = {k: np.asarray(v) for k, v in fetched.items() if v is not None}
         fits = None if pending.fits is None else np.asarray(pending.fits)
         for i, index in pending.entries:
             if not self.schedule.awaits(index):

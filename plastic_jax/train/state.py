@@ -27,6 +27,7 @@ class State:
     total: Array  # int32, steps over all stages
     done: Array  # bool, the stage ended by accuracy
     diverged: Array  # bool, a non-finite loss or parameter: the trial stands still from then on
+    memory: dict[str, Tree] = struct.field(default_factory=dict)  # what interventions remember, by their names
 
 
 @struct.dataclass
@@ -39,13 +40,14 @@ class Stage:
     steps: Array  # int32, planned
     learning_rate: Array  # real
     schedule: Array  # int32, a place in `config.SCHEDULES`
-    weight_decay: Array  # real
     accuracy: Array  # real, train accuracy that ends the stage; 0: none does
     restart_batch_stats: Array  # bool
     reset_optimizer: Array  # bool
     redrawn: Array  # [modules] bool, re-initialised when the stage starts
     prefix: Array  # int32, smooth transition: examples it starts from
     gamma: Array  # float32, smooth transition: its rate; `trial.NO_MIXTURE` for an ordinary stage
+    acting: dict[str, Array] = struct.field(default_factory=dict)  # bool, by intervention
+    strengths: dict[str, Array] = struct.field(default_factory=dict)  # real, the interventions' dynamic fields
 
 
 @struct.dataclass
@@ -82,6 +84,7 @@ class Metrics:
     total: Array
     done: Array
     diverged: Array
+    diagnostics: dict[str, Array] = struct.field(default_factory=dict)  # by column
 
 
 @struct.dataclass

@@ -65,21 +65,21 @@ void Product(Int rows, Int depth, Int columns, const T* a, Int a_row, Int a_step
   }
 }
 
-// Adam's update in one pass; plastic_jax/methods/optimisers.py has the formula. numbers: whether to update at all, learning
-// rate, weight decay to add to the gradient, and to the step, and what undoes the bias of the two moments.
+// Adam's update in one pass; plastic_jax/methods/optimisers/adam.py has the formula. numbers: whether to update at all,
+// learning rate, and what undoes the bias of the two moments.
 template <typename T>
 void Adam(Int count, const T* numbers, const T* gradient, const T* old_param, const T* old_mean, const T* old_square,
           T* param, T* mean, T* square) {
-  const T rate = numbers[1], coupled = numbers[2], decoupled = numbers[3], of_mean = numbers[4], of_square = numbers[5];
+  const T rate = numbers[1], of_mean = numbers[2], of_square = numbers[3];
   const auto keep = [&](T* to, const T* from) {
     if (to != from) std::memcpy(to, from, count * sizeof(T));
   };
   if (numbers[0] == T(0)) return keep(param, old_param), keep(mean, old_mean), keep(square, old_square);
   _Pragma("GCC ivdep") for (Int i = 0; i < count; ++i) {
-    const T p = old_param[i], g = gradient[i] + coupled * p;
+    const T g = gradient[i];
     const T m = T(0.9) * old_mean[i] + T(1 - 0.9) * g, s = T(0.999) * old_square[i] + T(1 - 0.999) * (g * g);
     mean[i] = m, square[i] = s;
-    param[i] = p - rate * (m * of_mean / (std::sqrt(s * of_square) + T(1e-8)) + decoupled * p);
+    param[i] = old_param[i] - rate * (m * of_mean / (std::sqrt(s * of_square) + T(1e-8)));
   }
 }
 
