@@ -17,7 +17,7 @@ class WeightNorm(Diagnostic):
 
     def measure(self, view: View) -> Mapping[str, Array]:
         """One number."""
-        return {"weight_norm": optax.global_norm(view.params)}
+        return {"weight_norm": optax.tree.norm(view.params)}
 
 
 ENTRY = WeightNorm()
