@@ -221,7 +221,7 @@ def test_dormant_units_counts_what_was_silenced(model):
     which = [jnp.arange(size) < 1 for size in sizes]
     mask = chosen(declared, which, state.params, "incoming")
     silent = state.replace(params=jax.tree.map(lambda leaf, m: jnp.where(m, 0, leaf), state.params, mask))
-    measure = quick_jit(lambda s: with_it._measure(s, tiny.stage(), sample(), data_set()))
+    measure = quick_jit(lambda s: with_it.methods.measure(s, tiny.stage(), sample(), data_set()))
     before = float(measure(state)["dormant_units"])
     after = float(measure(silent)["dormant_units"])
     dead = [
@@ -252,7 +252,7 @@ def test_redo_starts_dead_units_anew_and_leaves_the_outputs_as_they_are(model):
     into, out = (chosen(declared, which, state.params, side) for side in ("incoming", "outgoing"))
     due = state.replace(params=silent, optimiser=moments, total=jnp.int32(20), step=jnp.int32(20))
     examples = lambda _: jnp.arange(8, dtype=jnp.int32)  # noqa: E731
-    act = quick_jit(lambda s: one._at_interval(s, of, sample(), examples, data, {}))
+    act = quick_jit(lambda s: one.methods.at_interval(s, of, sample(), examples, data, {}))
     new = act(due)
     logits = [one.network.logits(s.params, s.batch_stats, data.train_images[:8]) for s in (due, new)]
     assert_allclose(logits[1], logits[0], atol=1e-5)
@@ -348,7 +348,7 @@ def test_diagnostics_change_no_result():
 def test_weight_norm_is_the_norm_of_all_parameters():
     one = core(diagnostics="weight_norm")
     state = quick_jit(one.init, static_argnums=1)(jnp.uint32(1), 50)
-    measured = one._measure(state, tiny.stage(), sample(), data_set())["weight_norm"]
+    measured = one.methods.measure(state, tiny.stage(), sample(), data_set())["weight_norm"]
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
     assert_allclose(measured, np.sqrt(sum((leaf**2).sum() for leaf in leaves)), rtol=1e-6)
 
