@@ -105,8 +105,8 @@ def test_a_file_takes_part_in_a_study(tmp_path):
     assert done.returncode == 0, done.stderr
     run = plastic_jax.load(tmp_path / "run")  # without the plug-in
     assert set(run.table.model) == {"my_net", "mlp"} and run.table.dormant_units.notna().all()
-    clipped = run.table[run.table.clip == 0.05].largest_weight
-    assert clipped.max() == pytest.approx(0.05) and run.table[run.table.clip == 0].largest_weight.min() > 0.06
+    largest, bound = run.table.largest_weight, run.table["clip"]
+    assert largest[bound == 0.05].max() == pytest.approx(0.05) and largest[bound == 0].min() > 0.06
     assert all(row["largest_weight"] > 0 for row in run.summary) and len(run.summary) == 8
     assert "largest weight" in done.stdout and "largest weight" in (tmp_path / "run" / "report.html").read_text()
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())

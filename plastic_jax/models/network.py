@@ -108,7 +108,7 @@ class Network:
         layers: dict[str, Any] = flatten_dict(found.get("units", {}), sep="/")  # pyright: ignore
         return {name: own.leave(values[0]) for name, values in layers.items()}
 
-    def _apply(self, params: Tree, stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
+    def block(self, params: Tree, stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
         """Logits [T, B, classes] and new statistics of a block."""
         trials = jax.tree.leaves(params)[0].shape[0]
         entered = kernels.of(self.form, trials, self.compute_dtype).enter(images)
@@ -123,7 +123,7 @@ class Network:
         labels = jnp.broadcast_to(labels, (trials, labels.shape[-1]))
 
         def loss(params: Tree) -> tuple[Array, Any]:
-            logits, new = self._apply(params, stats, images, train=True)
+            logits, new = self.block(params, stats, images, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(1)
             return losses.sum(), (losses, logits, new)  # each trial's loss depends on its own parameters alone
 
@@ -140,7 +140,7 @@ class Network:
         return jnp.where(counted, losses, jnp.zeros((), losses.dtype)).sum(1), hits
 
     def _logits(self, params: Tree, stats: Tree, images: Array) -> Array:
-        return self._apply(params, stats, images, train=False)[0]
+        return self.block(params, stats, images, train=False)[0]
 
     def _boundary(self, block: Callable[..., Any]) -> Callable[..., Any]:
         """A function of one trial from that of a block; parameters and statistics come stacked, the rest perhaps."""

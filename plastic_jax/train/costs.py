@@ -1,49 +1,42 @@
-"""What a trial costs in FLOPs and bytes, in closed form: for a plan, also of a device that is not there.
+"""What a trial costs in FLOPs and bytes: read off its program, which is traced but neither compiled nor run.
 
-FLOPs are counted as XLA counts them in its optimised program: two for a multiply-add, only for the taps that
-fall inside the image; one for an addition, comparison or selection of one value; none for square roots and
-exponentials, which it counts apart. XLA fuses cheap operations into every consumer of their result, which
-computes them anew; the tables below were read off its programs (JAX 0.10.2, CPU). That matters for narrow
-nets only: at w = 64 all but 1 % are convolutions. Where a batch's activations hold fewer than about 4096
-values, XLA computes still more of them anew (up to 5 % of a step), which is not counted here.
+So it holds for any model and optimiser, also a user's own, and for a device that is not there. FLOPs are those of XLA's
+own analysis of the program as it is written: two for a multiply-add, only for the taps that fall inside the image, and
+one for an addition, comparison or selection of one value. XLA then fuses cheap operations into every consumer of their
+result, which computes them anew: the program that runs has up to a sixth more of them in the narrowest networks, and
+less than 1 % in a ResNet-18 (JAX 0.10.2; `tests/test_costs.py` has the bounds).
 
 Bytes are estimates, but for state and data: the compiler decides what to keep.
 """
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from plastic_jax import models
+from plastic_jax import kernels, models
 from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.kernels import Form
+from plastic_jax.methods.interventions import INTERVENTIONS
 from plastic_jax.study.config import Config
-from plastic_jax.train import core
+from plastic_jax.train import core, count, inputs
+from plastic_jax.train.state import Data, Sample, Sums
 
-# FLOPs of an update for one parameter, from the gradient's decay to the choice of the old value after a
-# non-finite loss (contract 6). Parameters and moments are each computed from the gradient on their own.
-_UPDATE = {"sgd": 5, "momentum": 12, "rmsprop": 19, "adam": 29}
-_MOMENTS = {"sgd": 0, "momentum": 1, "rmsprop": 1, "adam": 2}
-
-# FLOPs for one value that comes out of a layer, by norm ("none": its bias).
-_APPLY = {"none": 1, "batch": 3, "layer": 4}  # from the layer's output to the ReLU's input
-_TRAIN = {"none": 1, "batch": 17, "layer": 19}  # statistics, and the gradients of norm, scale and bias
-_TRAIN_AGAIN = {"none": 0, "batch": 5, "layer": 1}  # the norm's gradient, for a convolution's input gradient
-_EVALUATE = {"none": 0, "batch": 0, "layer": 4}  # statistics
-
-# Arrays of the size of a layer's output that wait for its backward pass: that output and the activation; with
-# BatchNorm the values less their mean, with LayerNorm those and the normalised ones.
+# Of each value that comes out of a convolution or linear layer before the head, so many wait for the backward pass:
+# itself and the activation; with BatchNorm the value less its mean, with LayerNorm that and the normalised one. Read
+# off programs that XLA compiled for a CPU.
 _KEPT = {"none": 2, "batch": 3, "layer": 4}
-
-# The same for packed blocks, read off the programs that XLA compiles for an H100 (JAX 0.10.2): a norm's gradient is
+# The same for packed blocks, read off programs that XLA compiled for an H100 (JAX 0.10.2): a norm's gradient is
 # computed from its input alone.
 _KEPT_PACKED = {"none": 1.6, "batch": 2.2, "layer": 2.2}
-_KEPT_MLP = 0.8
-
-_NORMALISE = 4  # FLOPs for one value of an image, from uint8
-_LOSS = 19  # FLOPs for a logit: bias, cross-entropy, its gradient and the hit
+_KEPT_LINEAR = 0.8  # of networks without convolutions
+# XLA repeats vectors to the size of an output ahead of a convolutional net's evaluation, but not LayerNorm's.
+_AHEAD = {"none": 5 / 3, "batch": 5 / 3, "layer": 1}
 _SORT = 8  # int32 for each train example while an epoch's order is drawn: keys, numbers, their sorted copies
 _ORDERS = 3  # int32 for each train example while an epoch runs: the next order, and both orders in one array
 
@@ -54,14 +47,14 @@ class Costs:
 
     parameters: int
     step_flops: float
-    """One training step at the trial's batch size: forward, backward and update, as XLA counts."""
+    """One training step at the trial's batch size: forward, backward, update, and the interventions that act in it."""
     padded_step_flops: float
     """Convolutions and linear layers of that step alone, with all taps: what utilisation figures use."""
     traffic_bytes: float
     """Least memory traffic of a training step: each layer's output written once, read once by the forward and twice
     by the backward pass, in `compute_dtype`; parameters and moments read and written, the gradient too."""
     evaluation_flops: float
-    """Forward pass of one image in evaluation mode, as XLA counts."""
+    """Forward pass of one image in evaluation mode."""
     state_bytes: int
     """Exact: parameters, statistics, optimiser state, order, counters, and the view of the train set."""
     activation_bytes: int
@@ -116,178 +109,118 @@ class Costs:
 def costs(point: Config, spec: DatasetSpec) -> Costs:
     """The costs of a trial of `point` on a data set of that `spec`; no data, no compilation, no device.
 
-    A convolution from C to O channels takes 2 v_h v_w C O FLOPs for its forward pass and for each of its
-    two gradients (the first layer needs no input gradient), where v_h and v_w are the pairs of an output
-    and a tap along the height and the width that fall inside the image; with all taps, v_h is outputs times
-    taps.
-
     Args:
-      point: its static values decide.
+      point: its static values decide, and which interventions it has.
       spec: sizes of the data set.
     """
-    batch, pixels = point.batch_size, math.prod(spec.shape)
-    net = (_mlp if point.model == "mlp" else _resnet)(point, spec)
-    parameters = parameters_count(point, spec)
-    moments = _MOMENTS[point.optimizer]
-    update = _UPDATE[point.optimizer] - 2 * moments * point.decoupled  # undecayed gradients for the moments
-    step = net.products + net.elementwise + _LOSS * spec.classes
-
-    value = 8 if point.compute_dtype == "float64" else 4
-    computed = {"float64": 8, "float32": 4, "bfloat16": 2}[point.compute_dtype]
-    n = sampler.train_size(spec.train_examples, point.train_examples, point.validation_fraction)
-    held_back = sampler.validation_size(spec.train_examples, point.validation_fraction)
-    statistics = 2 * net.channels if point.norm == "batch" else 0
-    counters = 3 * 4 + 2 + (4 if point.optimizer == "adam" else 0)
-    carried = value * ((1 + moments) * parameters + statistics) + 4 * n + counters
-    state = carried + 4 * (3 * n + held_back)
-
-    training = batch * (_KEPT[point.norm] * net.outputs * computed + pixels * value) + 4 * _ORDERS * n
-    sizes = spec.test_examples, held_back, n
-    evaluated, evenly = (
-        max(core.evaluation_batch(size, batch, packed) for size in sizes) for packed in (False, net.convolutional)
-    )
-    image = net.alive * computed + pixels * value
-    evaluation, between = evaluated * image, evenly * image
-    activations = max(training, evaluation, 4 * _SORT * n)
-    kept = _KEPT_PACKED[point.norm] if net.convolutional else _KEPT_MLP
-    packed = int(batch * computed * (kept * net.outputs + pixels)) + (0 if net.convolutional else computed * parameters)
-
-    resident, working = state + carried, state + value * parameters + activations
-    return Costs(
-        parameters=parameters,
-        step_flops=float(batch * step + update * parameters),
-        padded_step_flops=float(batch * net.padded),
-        traffic_bytes=float(4 * batch * net.outputs * computed + 2 * value * (2 + moments) * parameters),
-        evaluation_flops=float(net.forward + net.evaluation),
-        state_bytes=state,
-        activation_bytes=activations,
-        trial_bytes=resident + working,
-        dataset_bytes=(spec.train_examples + spec.test_examples) * (pixels + 4),
-        resident_bytes=resident,
-        working_bytes=working,
-        packed_bytes=packed,
-        between_bytes=max(between, 4 * _SORT * n),
-        expanded_bytes=computed * parameters if net.convolutional else 0,
-        convolutional=net.convolutional,
-    )
+    acting = tuple(name for name, method in INTERVENTIONS.items() if method.active(point))
+    values = {name: getattr(point, name) for name in acting for name in INTERVENTIONS[name].fields}
+    return _costs(point.compiled().replace(**values), spec, acting)
 
 
 @functools.lru_cache(maxsize=256)
+def _costs(point: Config, spec: DatasetSpec, acting: tuple[str, ...]) -> Costs:
+    double = point.compute_dtype == "float64"
+    with jax.enable_x64(True) if double else contextlib.nullcontext():
+        program = _Program(point, spec, acting)
+        convolutional = models.MODELS[point.model].convolutional
+        batch, pixels = point.batch_size, math.prod(spec.shape)
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
+        value = 8 if double else 4
+        computed = {"float64": 8, "float32": 4, "bfloat16": 2}[point.compute_dtype]
+        n, held_back = (leaf.shape[0] for leaf in (program.sample.permutation, program.sample.held_back))
+        carried, state = _bytes(program.state), _bytes((program.state, program.sample))
+        moments = _bytes(program.state.optimiser)
+
+        training = batch * (_KEPT[point.norm] * program.outputs * computed + pixels * value) + 4 * _ORDERS * n
+        sizes = spec.test_examples, held_back, n
+        evaluated, evenly = (
+            max(core.evaluation_batch(size, batch, packed) for size in sizes) for packed in (False, convolutional)
+        )
+        alive = int(program.alive * (_AHEAD[point.norm] if convolutional else 1))
+        image = alive * computed + pixels * value
+        evaluation, between = evaluated * image, evenly * image
+        activations = max(training, evaluation, 4 * _SORT * n)
+        kept = _KEPT_PACKED[point.norm] if convolutional else _KEPT_LINEAR
+        packed = int(batch * computed * (kept * program.outputs + pixels))
+        packed += 0 if convolutional else computed * parameters
+        resident, working = state + carried, state + value * parameters + activations
+        return Costs(
+            parameters=parameters,
+            step_flops=program.step_flops,
+            padded_step_flops=float(program.padded),
+            traffic_bytes=float(4 * batch * program.outputs * computed + 4 * value * parameters + 2 * moments),
+            evaluation_flops=program.evaluation_flops,
+            state_bytes=state,
+            activation_bytes=activations,
+            trial_bytes=resident + working,
+            dataset_bytes=(spec.train_examples + spec.test_examples) * (pixels + 4),
+            resident_bytes=resident,
+            working_bytes=working,
+            packed_bytes=packed,
+            between_bytes=max(between, 4 * _SORT * n),
+            expanded_bytes=computed * parameters if convolutional else 0,
+            convolutional=convolutional,
+        )
+
+
 def parameters_count(point: Config, spec: DatasetSpec) -> int:
     """Number of parameters: 11 173 962 for a ResNet of width 64, depth 2, BatchNorm, 10 classes and 3 channels."""
-    point = point.replace(compute_dtype="float32")  # counts the same, also where JAX has no float64
-    network = models.network(point, spec.shape, spec.classes, Form("mapped"))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.shapes()["params"]))
+    return costs(point, spec).parameters
 
 
-@dataclass
-class _Tally:
-    """Sums over a network's layers, for one image."""
+class _Program:
+    """A trial's step and evaluation, in JAX's own operations, traced on shapes alone."""
 
-    norm: str
-    convolutional: bool
-    products: int = 0  # FLOPs of convolutions and linear layers, forward and backward
-    padded: int = 0  # the same with all taps
-    forward: int = 0  # the same of the forward pass alone
-    elementwise: int = 0  # all other FLOPs of a training step
-    evaluation: int = 0  # all other FLOPs of an evaluation
-    outputs: int = 0  # values that come out of the layers before the head
-    channels: int = 0  # channels of the norms
-    alive: int = 0  # most values that an evaluation needs at a time
+    def __init__(self, point: Config, spec: DatasetSpec, acting: tuple[str, ...]):
+        one = core.Core(point, spec.shape, spec.classes, Form("mapped"), interventions=acting)
+        n = sampler.train_size(spec.train_examples, point.train_examples, point.validation_fraction)
+        held_back = sampler.validation_size(spec.train_examples, point.validation_fraction)
+        whole, some = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (n, held_back))
+        self.sample = Sample(whole, whole, whole, some)
+        self.state = jax.eval_shape(lambda: one.init(jnp.uint32(0), n))
+        self._step(one, point, spec, acting)
+        self._evaluation(one, spec)
 
-    def linear(self, inputs: int, outputs: int) -> None:
-        """Count a linear layer."""
-        forward, gradients = 2 * inputs * outputs, 2 if self.products else 1
-        self.forward += forward
-        self.products += (1 + gradients) * forward
-        self.padded += (1 + gradients) * forward
+    def _step(self, one: core.Core, point: Config, spec: DatasetSpec, acting: tuple[str, ...]) -> None:
+        stage = jax.tree.map(lambda leaf: leaf[0], inputs.stages([None], point, np.dtype(one.dtype), acting))
+        state = replace(self.state, order=None, epoch=None, done=None)
+        images = jax.ShapeDtypeStruct((spec.train_examples, *spec.shape), jnp.uint8)
+        labels = jax.ShapeDtypeStruct((spec.train_examples,), jnp.int32)
+        sums = Sums(*(jax.ShapeDtypeStruct((), kind) for kind in (one.dtype, jnp.int32, jnp.int32)))
+        local = jax.ShapeDtypeStruct((point.batch_size,), jnp.int32)
 
-    def normalised(self, values: int, channels: int, training: int) -> None:
-        """Count a layer's output and its norm at `training` FLOPs a value in training."""
-        self.outputs += values
-        self.channels += channels
-        self.elementwise += training * values
-        self.evaluation += _EVALUATE[self.norm] * values
+        def step(state: Any, sums: Sums, sample: Sample, local: Any, data: Data) -> Any:
+            return one.step(state, sums, stage, sample, local, data, state.memory)
 
-    def activated(self, values: int, anew: int, consumers: int) -> None:
-        """Count a ReLU whose input takes `anew` FLOPs a value to be computed anew.
+        traced = jax.jit(step).trace(state, sums, self.sample, local, Data(images, labels, images, labels))
+        self.step_flops = float((traced.lower().cost_analysis() or {}).get("flops", 0.0))
+        # A product and its gradients take the same taps inside; what there are with the padded ones, the first says.
+        forward = list(count.products(self._forward(one, (point.batch_size, *spec.shape), train=True)))
+        padded = {product.inside: product.padded for product in forward}
+        self.products = list(count.products(traced.jaxpr.jaxpr))
+        self.padded = sum(padded.get(product.inside, product.inside) for product in self.products)
+        self.outputs = sum(product.outputs for product in forward[:-1]) // point.batch_size
 
-        That happens for each of its consumers, and for its gradient's mask, which is compared and selects.
-        """
-        self.elementwise += (consumers * (anew + 1) + anew + 2) * values
-        self.evaluation += (anew + 1) * values
+    def _evaluation(self, one: core.Core, spec: DatasetSpec) -> None:
+        params, stats = self.state.params, self.state.batch_stats
+        images = jax.ShapeDtypeStruct((1, *spec.shape), jnp.uint8)
+        lowered = jax.jit(one.network.logits).lower(params, stats, images)
+        self.evaluation_flops = float((lowered.cost_analysis() or {}).get("flops", 0.0))
+        # The images themselves are counted apart: here they come as they enter the network.
+        entered = kernels.of(one.network.form, 1, one.point.compute_dtype).dtype
+        program = self._forward(one, (1, *spec.shape), train=False, kind=entered)
+        self.alive = count.most_alive(program, [k == len(program.invars) - 1 for k in range(len(program.invars))])
 
+    def _forward(self, one: core.Core, shape: tuple[int, ...], train: bool, kind: Any = jnp.uint8) -> Any:
+        def logits(params: Any, stats: Any, images: Any) -> Any:
+            return one.network.block(params, stats, images, train)[0]
 
-def _mlp(point: Config, spec: DatasetSpec) -> _Tally:
-    net, inputs = _Tally(point.norm, False), math.prod(spec.shape)
-    net.elementwise = net.evaluation = _NORMALISE * inputs
-    bias = int(point.norm != "none")  # beside the norm's own
-    for _ in range(point.depth):
-        net.linear(inputs, point.width)
-        # The bias is added anew in four passes of the norm, and its gradient summed.
-        net.normalised(point.width, point.width, _TRAIN[point.norm] + 5 * bias)
-        net.activated(point.width, _APPLY[point.norm] + bias, consumers=1)
-        net.evaluation += (2 if point.norm == "layer" else 0) * point.width
-        inputs = point.width
-    net.linear(inputs, spec.classes)
-    net.alive = 2 * point.width  # a layer's output and its activation; the images are counted apart
-    return net
-
-
-def _resnet(point: Config, spec: DatasetSpec) -> _Tally:
-    net, apply = _Tally(point.norm, True), _APPLY[point.norm]
-    height, width, channels = spec.shape
-    # Training normalises the image twice: for the kernel's gradient in another layout.
-    net.evaluation = _NORMALISE * height * width * channels
-    net.elementwise = 2 * net.evaluation
-
-    def convolve(channels: int, stride: int, taps: int = 3, shared: int = 0) -> None:
-        """Count a convolution of `before` and its norm, of which `shared` sums are another layer's too."""
-        first = not net.products
-        (h, up), (w, across) = (_taps(size, taps, stride) for size in before[:2])
-        inside, pair = up * across, 2 * before[2] * channels
-        net.forward += pair * inside
-        net.products += pair * inside * (2 if first else 3)
-        net.padded += pair * h * w * taps**2 * (2 if first else 3)
-        again = 0 if first else _TRAIN_AGAIN[point.norm]
-        net.normalised(h * w * channels, channels, _TRAIN[point.norm] + again - shared)
-
-    before = (height, width, channels)
-    halved = math.prod(_taps(size, 3, 2)[0] for size in before[:2])
-    ahead = 0 if point.norm == "layer" else 4 * halved * 2 * point.width
-    convolve(point.width, 1)
-    values = height * width * point.width
-    net.activated(values, apply, consumers=2)
-    before, stream = (height, width, point.width), apply + 1  # FLOPs to compute the block's input anew
-    for module in range(4):
-        for block in range(point.depth):
-            last = module == 3 and block == point.depth - 1
-            stride = 2 if module and not block else 1
-            inputs, channels = math.prod(before), point.width * 2**module
-            net.elementwise += inputs  # the sum of the gradients from the convolution and from the shortcut
-            if stride == 2:
-                convolve(channels, stride, taps=1, shared=1)
-                stream = apply
-            convolve(channels, stride)
-            before = (*(_taps(size, 3, stride)[0] for size in before[:2]), channels)
-            values = math.prod(before)
-            net.activated(values, apply, consumers=2)
-            convolve(channels, 1)
-            stream += apply + 1
-            net.activated(values, stream, consumers=1 if last else 2)
-            stream += 1
-            # The block's input, an activation and an output. XLA also repeats the vectors of the first two
-            # summed biases or BatchNorms to the size of an output, ahead of time (LayerNorm's it does not).
-            net.alive = max(net.alive, inputs + 2 * values + ahead)
-    net.elementwise += 2 * values  # the mean over the pixels, and its gradient
-    net.evaluation += values
-    net.linear(channels, spec.classes)
-    return net
+        stacked = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), (self.state.params, self.state.batch_stats)
+        )
+        return jax.make_jaxpr(logits)(*stacked, jax.ShapeDtypeStruct((1, *shape), kind)).jaxpr
 
 
-def _taps(size: int, taps: int, stride: int) -> tuple[int, int]:
-    """Of a convolution along an axis: outputs, and pairs of output and tap inside the image."""
-    pad = (taps - 1) // 2
-    outputs = (size - 1) // stride + 1
-    inside = [sum(0 <= i * stride + tap - pad < size for i in range(outputs)) for tap in range(taps)]
-    return outputs, sum(inside)
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
