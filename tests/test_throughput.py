@@ -58,7 +58,7 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
         assert row["program_bytes"] > 1e5 and row["process_bytes"] is None  # the data alone are more
     assert rows["ours, mapped, one trial a device"]["trials"] == jax.local_device_count()
     assert rows[ways.ONE]["over_one_at_a_time"] == 1
-    assert found["compiled_flops_over_closed_form"] == pytest.approx(1, abs=0.02)
+    assert 1 <= found["compiled_flops_over_written"] < 1.2
     text = report.markdown(found)
     assert all(name in text for name in rows) and "Not all of PyTorch's" not in text
     lacking = {**found, "left_out": ["pytorch compiled, all cores (no time)"]}
@@ -66,7 +66,7 @@ def test_rows_report_rates_and_ratios(quick, tmp_path, monkeypatch):
     assert "stand idle" not in text
     assert "4.5 % of the slots" in report.markdown({**found, "figure_2_idle_share": 0.045})
     assert all(f"| {row['first_step_seconds']:.1f} s |" in text for row in rows.values())
-    assert "(within 2 %)" in text and "all rows compute in float32" in text
+    assert "the compiled step has" in text and "all rows compute in float32" in text
     curves = {"seconds_of_trials": [(2, 1.0), (4, 2.0)]}
     grown = {"curves": curves, "exponents": {"seconds_of_trials": 1.0}, "left_out": ["x from 8 on"], "title": "net"}
     whole = {"results": [found], "growth": grown, "left_out": ["another net"], "figure_2_flops": 1e18}

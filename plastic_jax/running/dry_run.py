@@ -55,7 +55,7 @@ def describe(
     memory, source = device_memory(device_memory_gib)
     devices, backend = jax.local_device_count(), jax.default_backend()
     if imagined and device_memory_gib and backend == "cpu":
-        devices, backend = 1, "accelerator"  # not there: planned by the closed forms alone
+        devices, backend = 1, "accelerator"  # not there: planned by its costs alone
     described = [_program(study, p, specs[p.point.dataset], memory, devices, backend, measure) for p in programs]
     total = {
         key: sum(p[key] for p in described)
