@@ -49,7 +49,8 @@ def test_its_models_give_the_logits_that_they_gave(tmp_path):
     run = plastic_jax.load(unpacked("finished", tmp_path))
     images = data.load("digits").test_images[:6]
     for trial, logits in enumerate(np.load(run.path / "logits.npy")):
-        np.testing.assert_array_equal(run.model(trial).logits(images), logits)
+        # Another kind of CPU sums in another order: the last bits of a float32 are its own.
+        np.testing.assert_allclose(run.model(trial).logits(images), logits, atol=2e-7)
     assert set(run.table.stage) == {"pretraining", "tuning"} and len(run.summary) == 2
 
 

@@ -152,7 +152,7 @@ def _columns(summary: Sequence[dict[str, Any]], setting: Setting, *, full: bool)
         columns["lowest fit %"] = cells("min_fit_accuracy", digits=1)
     for column in setting.diagnostics:
         heading = column.name.replace("_", " ") + " %" * column.share
-        columns[heading] = [_measured(row[column.name], column.share) for row in summary]
+        columns[heading] = [_measured(row.get(column.name), column.share) for row in summary]
     columns["gap [95 %]"] = estimates("gap")
     if full and any(row["gap_bootstrap_ci95"] for row in summary):
         columns["bootstrap [95 %]"] = [

@@ -169,9 +169,11 @@ def read(path: str | os.PathLike[str]) -> pd.DataFrame:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise InputError(f"{os.fspath(path)!r} is no readable results table: {reason}") from error
-    required = [name for name in [*_HEAD, *_TAIL] if name not in _OPTIONAL]
-    if missing := [name for name in required if name not in table.column_names]:
-        raise InputError(f"{os.fspath(path)!r} is no results table: it lacks {', '.join(missing)}")
+    missing = [name for name in [*_HEAD, *_TAIL] if name not in table.column_names and name not in _OPTIONAL]
+    if needed := [name for name in missing if name not in _NULLABLE]:
+        raise InputError(f"{os.fspath(path)!r} is no results table: it lacks {', '.join(needed)}")
+    for name in missing:  # new since it was written
+        table = table.append_column(name, pa.nulls(len(table), _TAIL[name]))
     nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
     frame = table.to_pandas(types_mapper=nullable.get)
     return frame.astype({"step": "int64", "examples_seen": "int64", "diverged": "bool"})

@@ -114,7 +114,9 @@ def main(experiment: Experiment) -> None:
             sweep = Sweep.of(f.config.to_dict())
         except InputError as error:  # said before the slow imports
             refuse(error)
-        from plastic_jax.running.runner import Interrupted, Options, _run
+        from plastic_jax.running.options import Options
+        from plastic_jax.running.runner import run_experiment
+        from plastic_jax.running.training import Interrupted
 
         module = sys.modules["__main__"].__spec__
         name = f"-m {module.name}" if module else sys.argv[0]
@@ -122,7 +124,7 @@ def main(experiment: Experiment) -> None:
         options = Options(f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, command)
         try:
             logging.set_verbosity(logging.ERROR)
-            _run(experiment, sweep, options, lambda text: print(text, flush=True))
+            run_experiment(experiment, sweep, options, lambda text: print(text, flush=True))
         except InputError as error:
             refuse(error)
         except KeyboardInterrupt:

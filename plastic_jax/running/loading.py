@@ -17,7 +17,7 @@ from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.results import tables
 from plastic_jax.running import workdir
-from plastic_jax.study.config import Config
+from plastic_jax.study.config import FIELDS, Config
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Kept:
     params: Any
     batch_stats: Any
     point: Config
+
+    def __repr__(self) -> str:
+        return f"Kept({self.point.model}, width {self.point.width}, depth {self.point.depth})"
 
     def logits(self, images: np.ndarray) -> jax.Array:
         """Logits [n, classes] of uint8 images [n, H, W, C], with running statistics."""
@@ -40,6 +43,20 @@ class Run:
 
     path: Path
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}{'' if self.finished else ', unfinished'})"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended; the same command goes on with one that has not."""
+        return (self.path / "summary.json").exists()
+
+    def _unfinished(self, what: str) -> InputError:
+        return InputError(
+            f"{self.path} holds a run that is unfinished, without {what}: `{self.config.get('command')}` goes on with "
+            "it; `.table` has its rows so far."
+        )
+
     @cached_property
     def table(self) -> pd.DataFrame:
         """One row per trial, stage and evaluation."""
@@ -47,7 +64,13 @@ class Run:
 
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
-        """One flat dict per arm."""
+        """One flat dict per arm.
+
+        Raises:
+          InputError: the run is unfinished.
+        """
+        if not self.finished:
+            raise self._unfinished("a summary")
         return workdir.read_json(self.path / "summary.json")
 
     @cached_property
@@ -72,6 +95,8 @@ class Run:
         Raises:
           InputError: it was not kept.
         """
+        if (trial, stage) not in self.kept and not self.finished:
+            raise self._unfinished("kept models")
         if (trial, stage) not in self.kept:
             raise InputError(
                 f"trial={trial}, stage={stage!r} was not kept in {self.path}: kept are "
@@ -82,7 +107,12 @@ class Run:
         folder, k = self.kept[trial, stage]
         stacks = ocp.load(Path(folder) / "models")
         own = next(t["config"] for t in self.config["trials"] if t["trial"] == trial)
-        point = Config(**{name: value for name, value in own.items() if value is not None})
+        whole = {n: v for n, v in self.config["config"].items() if n in FIELDS and not FIELDS[n].swept}
+        point = Config(**whole, **{name: value for name, value in own.items() if value is not None and name in FIELDS})
+        if point.model not in models.MODELS:
+            raise InputError(
+                f"model={point.model} of {self.path} is a plug-in's: take it in with plastic_jax.register first."
+            )
         spec = self.config["datasets"][point.dataset]
         network = models.network(point, tuple(spec["shape"]), spec["classes"], Form("mapped"))
         leaves = [np.asarray(stacks[name][k]) for name in sorted(stacks)]

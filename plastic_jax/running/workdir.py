@@ -3,14 +3,18 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plastic_jax.errors import InputError
 from plastic_jax.results.tables import replace_file
-from plastic_jax.study.config import FIELDS, REPLACED, UNESSENTIAL
+from plastic_jax.running import manifest
+from plastic_jax.running.checkpoint import Checkpoints
+from plastic_jax.study.config import Sweep
+from plastic_jax.train.trial_axis import Formulation
 
 OWN = ("config.json", "plan.json", "results.parquet", "summary.json", "report.html", "figures", "checkpoints", "wandb")
 
@@ -72,7 +76,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged or unreadable ({type(error).__name__}): pass --overwrite to start anew."
+            f"{path} is damaged or unreadable ({type(error).__name__}): the command that made it writes it anew."
         ) from None
 
 
@@ -81,34 +85,80 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def same_config(path: Path, config: dict[str, Any], experiment: str) -> bool:
-    """Whether the folder holds a run of this very config; False where it holds none.
+@dataclass(frozen=True)
+class Held:
+    """A run that a folder holds: config.json, and the formulations of plan.json as they are written there.
+
+    `rebuilt`: one of them was missing or damaged, and comes from the checkpoint.
+    """
+
+    config: dict[str, Any]
+    formulations: list[dict[str, Any]]
+    rebuilt: bool = False
+
+
+def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) -> Held | None:
+    """The run that the folder holds, which is the one asked for; None where it holds none.
 
     Raises:
-      InputError: it holds a run of another config; the sentence names the fields that differ.
+      InputError: it holds another run, or files that neither say what they are nor have a checkpoint that does.
     """
-    file = path / "config.json"
-    if not file.exists():
-        taken = [name for name in OWN if (path / name).exists() and name != "plan.json"]
-        if taken:
-            raise InputError(f"--workdir={path} holds {', '.join(taken)} but no config.json: name another folder.")
-        return False
-    held = read_json(file)
+    config, plan = _json(path / "config.json"), _json(path / "plan.json")
     try:
-        old, name = held["config"], held["experiment"]
-        if set(old) & set(REPLACED):  # an earlier version's: what is new since then had no effect there
-            convolution = old.get("convolution")
-            kept = {"kernels": convolution} if convolution in ("native", "products") else {}
-            old = {n: v for n, v in old.items() if n not in REPLACED} | kept
-            old = {n: f.default for n, f in FIELDS.items() if n not in old} | old
-        differing = [n for n in sorted({*old, *config}) if old.get(n) != config.get(n) and n not in UNESSENTIAL]
+        manifest.differing(config, sweep.as_dict(), experiment, path)
     except (TypeError, KeyError, AttributeError):
-        raise InputError(f"{file} is damaged: pass --overwrite to start anew.") from None
-    if name != experiment:
-        raise InputError(f"--workdir={path} holds a run of {name}: name another folder, or pass --overwrite.")
-    if differing:
-        words = "; ".join(f"{n} was {old.get(n)!r}, is now {config.get(n)!r}" for n in differing)
+        config = None
+    try:
+        written = [p["formulation"] for p in plan["programs"]]
+    except (TypeError, KeyError):
+        written = None
+    if config is not None and written is not None:
+        return Held(config, written)
+    kept = _of_checkpoint(path, say)
+    if kept is not None:
+        manifest.differing(kept["config"], sweep.as_dict(), experiment, path)
+        say(f"config.json or plan.json in {path} was missing or damaged: it is rebuilt, since the checkpoint agrees.")
+        return Held(config or kept["config"], kept["formulations"], rebuilt=True)
+    left = [name for name in OWN if (path / name).exists() and name not in ("plan.json", "config.json")]
+    if left:
+        names = [name for name, found in (("config.json", config), ("plan.json", written)) if found is None]
         raise InputError(
-            f"--workdir={path} holds a run of another config ({words}): name another folder, or pass --overwrite."
+            f"--workdir={path} holds {', '.join(left)}, but no {' and no '.join(names)} that can be read, nor a "
+            "checkpoint that tells what they said: bring them back, or name another folder."
         )
-    return True
+    return None  # it stopped before the first checkpoint: nothing was computed
+
+
+def formulations(found: Held, path: Path, count: int) -> list[Formulation | None]:
+    """The formulations that a run began with, which it keeps (contract 1); None: one of an earlier version.
+
+    Raises:
+      InputError: they are not those of `count` programs.
+    """
+    made = [None if "trial_axis" in form else Formulation(**form) for form in found.formulations]
+    if len(made) != count:
+        raise InputError(
+            f"--workdir={path} holds a run of an earlier version, whose plan had other programs: read it with "
+            "plastic_jax.load, or name another folder."
+        )
+    return made
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _of_checkpoint(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """What the newest checkpoint says of its run."""
+    folder = path / "checkpoints" / "run"
+    if not folder.exists():
+        return None
+    checkpoints = Checkpoints(folder)
+    try:
+        found = checkpoints.restore(say)
+    finally:
+        checkpoints.close()
+    return found[1].get("manifest") if found else None

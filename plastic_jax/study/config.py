@@ -200,8 +200,6 @@ def static_fields() -> tuple[str, ...]:
     return tuple(name for name, field in FIELDS.items() if field.kind == "static")
 
 
-# Fields that may differ between a run and its resumption: they change no result.
-UNESSENTIAL = ("checkpoint_minutes",)
 # Fields of earlier versions, and what took their place.
 REPLACED = {
     "trial_axis": "kernels (packed or mapped), block and group",

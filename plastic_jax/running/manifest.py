@@ -1,0 +1,179 @@
+"""config.json: what a run is, what made it, and whether a command asks for the same run."""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import shlex
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plastic_jax import backend
+from plastic_jax.data import Dataset
+from plastic_jax.errors import InputError
+from plastic_jax.study import plugins
+from plastic_jax.study.config import FIELDS, REPLACED, Sweep, canonical
+from plastic_jax.study.trial import Study
+
+SCHEMA = 2
+"""Of the files of a workdir; 1 is what had none in config.json."""
+PACKAGES = ("plastic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+TRAINED_BY = ("data", "kernels", "methods", "models", "study", "train", "streams.py")  # what can change a number
+# Fields that may differ between a run and the same run asked for again: when checkpoints are written, ...
+UNESSENTIAL = ("checkpoint_minutes",)
+# ... and how what was trained is analysed.
+ANALYSIS = ("metric_epochs",)
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of the packages that a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True)  # noqa: E731
+        head = git("rev-parse", "HEAD").stdout.strip()
+        return head + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def code() -> str:
+    """SHA-256 over the files that can change a number of the results table."""
+    package, total = Path(__file__).parents[1], hashlib.sha256()
+    for part in TRAINED_BY:
+        whole = package / part
+        for file in [whole] if whole.is_file() else sorted(whole.rglob("*")):
+            if file.suffix in (".py", ".cc", ".h"):
+                total.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()
+
+
+def session(command: str) -> dict[str, Any]:
+    """What a run is made or resumed by."""
+    return {
+        "command": command or shlex.join(sys.argv),
+        "versions": versions(),
+        "commit": commit(),
+        "code": code(),
+        "device": backend.device(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def crc(dataset: Dataset) -> int:
+    """CRC-32 of a data set's images and labels."""
+    total = 0
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        total = zlib.crc32(np.ascontiguousarray(array).data, total)
+    return total
+
+
+def new(experiment: str, study: Study, sets: Mapping[str, Dataset], command: str) -> dict[str, Any]:
+    """config.json of a run that begins."""
+    return {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "config": study.sweep.as_dict(),
+        "plugins": [dataclasses.asdict(found) for found in plugins.REGISTERED],
+        **session(command),
+        "resumed": [],
+        "datasets": {name: {**dataclasses.asdict(s.spec), "crc32": crc(s)} for name, s in sets.items()},
+        "trials": trials(study),
+    }
+
+
+def trials(study: Study) -> list[dict[str, Any]]:
+    """Every trial with its arm, seed and the values that have an effect on it."""
+    return [{"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)} for t in study.trials]
+
+
+def resumed(held: dict[str, Any], sweep: Sweep, command: str, training: bool) -> dict[str, Any]:
+    """config.json of a run that is asked for again.
+
+    Other versions, another commit or device are added to `resumed` where something is still to be trained. Another
+    analysis takes the place of the one before.
+    """
+    now, last = session(command), ([held] + held.get("resumed", []))[-1]
+    more = list(held.get("resumed", []))
+    if training and any(now[name] != last.get(name) for name in ("versions", "commit", "device")):
+        more.append(now)
+    found = {**held, "resumed": more}
+    analysis = {name: getattr(sweep, name) for name in ANALYSIS}
+    if any(held["config"].get(name) != value for name, value in analysis.items()):
+        found["config"] = {**held["config"], **analysis}
+        found["analysed"] = {**analysis, "date": now["date"], "commit": now["commit"]}
+    return found
+
+
+def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) -> None:
+    """Refuse another run than the one that is held.
+
+    A field that is new since then counts as its default; one that there is no more must have had no effect.
+
+    Raises:
+      InputError: it is of another experiment or config, or of a newer version; the sentence names what differs.
+      KeyError, TypeError, AttributeError: `held` is no config.json.
+    """
+    if held.get("schema", 1) > SCHEMA:
+        raise InputError(
+            f"--workdir={path} holds a run of a newer version of plastic_jax ({held['versions']['plastic_jax']}): "
+            "use that version, or name another folder."
+        )
+    old, name = dict(held["config"]), held["experiment"]
+    if name != experiment:
+        raise InputError(f"--workdir={path} holds a run of {name}: name another folder, or pass --overwrite.")
+    if set(old) & set(REPLACED):  # an earlier version's: what took their place had no effect there
+        convolution = old.get("convolution")
+        kept = {"kernels": convolution} if convolution in ("native", "products") else {}
+        old = {n: v for n, v in old.items() if n not in REPLACED} | kept
+    own = {n: field.default for n, field in FIELDS.items()} | old
+    different = [
+        n for n in sorted({*own, *config}) if n not in (*UNESSENTIAL, *ANALYSIS) and own.get(n) != config.get(n)
+    ]
+    if unknown := [n for n in different if n not in FIELDS]:
+        raise InputError(
+            f"--workdir={path} holds a run with {unknown[0]}={old[unknown[0]]!r}, a field that there is not here: name "
+            "the plug-in that declares it, or another folder."
+        )
+    if different:
+        words = "; ".join(f"{n} was {own.get(n)!r}, is now {config.get(n)!r}" for n in different)
+        raise InputError(
+            f"--workdir={path} holds a run of another config ({words}): name another folder, or pass --overwrite."
+        )
+
+
+def changed_code(held: dict[str, Any]) -> str:
+    """A sentence where a finished run was made by other code than is here now, else an empty one."""
+    last = ([held] + held.get("resumed", []))[-1]
+    if last.get("code") == code() or ("code" not in last and str(last.get("commit")).rstrip("+") == commit()):
+        return ""
+    return (
+        f"Trained by other code than is here now (commit {held.get('commit')}, now {commit()}): its numbers stay as "
+        "they were. To train with this code, name another folder or pass --overwrite."
+    )
+
+
+def check_data(held: dict[str, Any], sets: Mapping[str, Dataset], path: Path) -> None:
+    """Refuse to go on with other data than the run began with."""
+    for name, dataset in sets.items():
+        if held.get("datasets", {}).get(name, {}).get("crc32") != crc(dataset):
+            raise InputError(
+                f"--workdir={path} holds a run on other data: the files of dataset={name} have changed since it began; "
+                "bring the first ones back, or name another folder."
+            )
