@@ -24,7 +24,7 @@ _OUT = flags.DEFINE_string("out", "runs/claims", "the folder for claims.json and
 def find(name: str) -> Experiment | None:
     """The experiment of a name, None where there is none."""
     try:
-        return importlib.import_module(f"experiments.{name}").EXPERIMENT if name.isidentifier() else None
+        return importlib.import_module(f".{name}", __package__).EXPERIMENT if name.isidentifier() else None
     except (ModuleNotFoundError, AttributeError):
         return None
 

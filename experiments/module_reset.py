@@ -13,11 +13,12 @@ The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 
 from typing import Any
 
-from experiments import warm_start
 from plastic_jax.report import arm_figures
 from plastic_jax.results.tables import Setting
 from plastic_jax.running.cli import main
 from plastic_jax.running.experiment import Drawing, Experiment, Table
+
+from . import warm_start
 
 PREFIXES = ("1", "1-2", "1-3", "1-4", "1-5", "1-6")
 SUFFIXES = ("6", "5-6", "4-6", "3-6", "2-6", "1-6")

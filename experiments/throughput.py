@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from plastic_jax.errors import InputError
-from plastic_jax.running.cli import last_wins, parse, refuse
+from plastic_jax.running.cli import asks_for_help, expanded, last_wins, parse, refuse, show
 
 FIELDS: dict[str, Any] = {
     **dict.fromkeys(("model", "width", "depth", "batch_size", "optimizer", "compute_dtype"), ()),
@@ -32,8 +32,14 @@ def main() -> None:
     """Read the flags."""
     from ml_collections import ConfigDict, config_flags
 
-    sys.argv[:] = last_wins(sys.argv)
-    for name in re.findall(r"^--?(?:no)?config\.([^=]*)", "\n".join(sys.argv[1:]), re.MULTILINE):
+    try:
+        sys.argv[:] = last_wins(expanded(sys.argv))
+    except InputError as error:
+        refuse(error)
+    if asks_for_help(sys.argv):
+        show((__doc__ or "").strip() + "\n\nFields, --config.FIELD=VALUE: " + ", ".join(FIELDS))
+        return
+    for name in re.findall(r"^--?config\.([^=]*)", "\n".join(sys.argv[1:]), re.MULTILINE):
         if name not in FIELDS:
             refuse(f"--config.{name} is no field of this command: the fields are {', '.join(FIELDS)}.")
     flags.DEFINE_string("workdir", "runs/throughput", "where throughput.json, .md and .png are written")
@@ -43,9 +49,10 @@ def main() -> None:
 
     def go(_: Any) -> None:
         logging.set_verbosity(logging.ERROR)
-        from experiments import warm_start
         from plastic_jax import backend
         from plastic_jax.benchmarks import whole
+
+        from . import warm_start
 
         backend.prepare()  # before anything asks JAX for its devices
         try:

@@ -13,11 +13,12 @@ The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 
 from typing import Any
 
-from experiments import warm_start
 from plastic_jax.report import arm_figures, figures
 from plastic_jax.results.tables import Setting
 from plastic_jax.running.cli import main
 from plastic_jax.running.experiment import Drawing, Experiment, Table
+
+from . import warm_start
 
 COMMON = dict(tuning_learning_rate_factor=(1.0, 3.0, 10.0, 30.0), schedule=("constant", "cosine"), equal_updates=False)
 QUICKSTART = {**warm_start.QUICKSTART, **COMMON, "warm_start_epochs": 200, "eval_every": 2, "seeds": 16}

@@ -1,8 +1,10 @@
 """Fields, which can be set, and columns, which are measured: each declared once, with its meaning."""
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Any
 
 from plastic_jax.errors import InputError
@@ -28,7 +30,8 @@ class Field:
     `off` is for a field of a method: the value with which the method does nothing. A method of which no field with an
     `off` has another value is off, and its other fields are then without effect.
 
-    `read` brings a text into its one spelling, or raises ValueError; `takes` says in words what it takes.
+    `hints` says what to set instead of some values that it does not take. `read` brings a text into its one spelling,
+    or raises ValueError; `takes` says in words what it takes.
     """
 
     default: Any
@@ -39,6 +42,7 @@ class Field:
     high: float | None = None
     above: float | None = None
     off: Any = None
+    hints: Mapping[str, str] = dataclass_field(default_factory=dict, hash=False)
     read: Callable[[str], str] | None = None
     takes: str | Callable[[], str] | None = None
     name: str = ""
@@ -82,7 +86,10 @@ class Field:
 
     def refuse(self, value: Any) -> InputError:
         """The error that says what the field takes."""
-        return InputError(f"--config.{self.name}={value!r} is not allowed: {self.name} takes {self.allowed()}.")
+        near = difflib.get_close_matches(str(value), self.one_of() or (), n=1)
+        hint = self.hints.get(str(value)) or (f"did you mean {near[0]}?" if near else "")
+        words = f"--config.{self.name}={value!r} is not allowed: {self.name} takes {self.allowed()}"
+        return InputError(f"{words}; {hint}" if hint.endswith("?") else f"{words}; {hint}." if hint else f"{words}.")
 
     def check(self, value: Any) -> Any:
         """`value` in the field's own type and spelling.

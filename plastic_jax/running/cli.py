@@ -1,11 +1,13 @@
 """The command line of an experiment: flags, one sentence for bad input, exit code 2."""
 
 import difflib
+import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -14,7 +16,22 @@ from plastic_jax.running.experiment import Experiment
 from plastic_jax.study import plugins
 from plastic_jax.study.config import FIELDS, Sweep, check_name
 
-OWN = ("preset", "plugin", "config", "workdir", "data_dir", "dry_run", "overwrite", "wandb", "device_memory_gib")
+OWN = {
+    "preset": "the fields' values before --config.FIELD=VALUE",
+    "plugin": "a Python file of your own that registers methods or models (repeatable)",
+    "workdir": "the run's folder (default: runs/NAME-HASH); the same command goes on there",
+    "data_dir": "folder of the data set's original files, or of TFDS",
+    "dry_run": "print and write the plan, train nothing",
+    "overwrite": "start anew in a workdir that holds a run",
+    "wandb": "W&B: auto, online, offline, disabled",
+    "device_memory_gib": "plan for a device of this memory (0: the device at hand)",
+    "flagfile": "a file with further flags, one a line",
+}
+KINDS = {
+    "static": "Static fields: several values make several compiled programs",
+    "dynamic": "Dynamic fields: any number of values in one compiled program",
+    "run": "Fields of the whole run: one value",
+}
 
 
 def refuse(error: object) -> NoReturn:
@@ -23,61 +40,105 @@ def refuse(error: object) -> NoReturn:
     sys.exit(2)
 
 
-def _preset(argv: Sequence[str], presets: Sequence[str]) -> str:
-    """The preset, read before all other flags, so that overrides win in any order."""
-    found = presets[0]
-    for k, argument in enumerate(argv):
-        if match := re.fullmatch(r"--?preset(?:=(.*))?", argument):
-            found = match[1] if match[1] is not None else argv[k + 1] if k + 1 < len(argv) else ""
-    if found not in presets:
-        raise InputError(f"--preset={found} is not allowed: one of {', '.join(presets)}.")
-    return found
+def show(text: str) -> None:
+    """Print, and end quietly where nobody reads on (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
 
 
-def _plugins(argv: Sequence[str]) -> list[str]:
-    """The plug-ins' files, read before all other flags, since they add fields."""
+def help_text(experiment: Experiment, doc: str) -> str:
+    """What `--help` prints: the experiment, its own flags, and a few lines a field."""
+
+    def entry(name: str, words: str) -> str:
+        return textwrap.fill(words, 116, initial_indent=f"  {name}\n      ", subsequent_indent="      ")
+
+    parts = [doc.strip(), "\nFlags:\n"]
+    presets = ", ".join(experiment.presets)
+    parts += [entry(f"--{name}", words + f": {presets}" * (name == "preset")) for name, words in OWN.items()]
+    for kind, title in KINDS.items():
+        parts.append(f"\n{title}; --config.FIELD=VALUE" + (", or =VALUE,VALUE:\n" if kind != "run" else ":\n"))
+        for name, field in FIELDS.items():
+            if field.kind == kind:
+                parts.append(entry(name, f"{field.doc}. Default {field.default!r}; {field.allowed()}."))
+    return "\n".join(parts)
+
+
+def flag_values(argv: Sequence[str], name: str) -> list[str]:
+    """The values of a flag of our own that is read before all others."""
     found = []
     for k, argument in enumerate(argv):
-        if match := re.fullmatch(r"--?plugin(?:=(.*))?", argument):
+        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
             found.append(match[1] if match[1] is not None else argv[k + 1] if k + 1 < len(argv) else "")
     return found
 
 
-def last_wins(argv: Sequence[str]) -> list[str]:
-    """Without all but the last `--config.FIELD=...` of a field: ml_collections would join their tuples."""
-    last = {a.split("=")[0].lstrip("-"): k for k, a in enumerate(argv) if re.match(r"--?config\.[^=]+=", a)}
-    return [a for k, a in enumerate(argv) if last.get(a.split("=")[0].lstrip("-"), k) == k or "=" not in a]
+def expanded(argv: Sequence[str]) -> list[str]:
+    """The arguments with those of --flagfile in its place."""
+    try:
+        return [argv[0], *flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=True)]
+    except flags.Error as error:
+        raise InputError(str(error).splitlines()[0]) from None
+
+
+def last_wins(argv: Sequence[str], switches: Sequence[str] = ()) -> list[str]:
+    """One `--config.FIELD=VALUE` a field, the last one that was given, whatever its spelling.
+
+    (ml_collections would join the values of a field that is named twice.) `switches` are fields of True or False, which
+    may stand without a value, or as --noconfig.FIELD.
+    """
+    rest, values, k = [argv[0]], {}, 1
+    while k < len(argv):
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(=.*)?", argv[k], re.DOTALL)
+        k += 1
+        if not match:
+            rest.append(argv[k - 1])
+            continue
+        no, name, value = match.groups()
+        values.pop(name, None)
+        if no:
+            values[name] = "False"
+        elif value is not None:
+            values[name] = value[1:]
+        elif name in switches and not (k < len(argv) and re.fullmatch(r"(?i)true|false", argv[k])):
+            values[name] = "True"
+        elif k < len(argv):
+            values[name] = argv[k]
+            k += 1
+        else:
+            raise InputError(f"--config.{name} needs a value: --config.{name}=VALUE.")
+    return [*rest, *(f"--config.{name}={value}" for name, value in values.items())]
 
 
 def _define(experiment: Experiment, argv: Sequence[str]) -> None:
     from ml_collections import ConfigDict, config_flags
 
-    plugins.load(_plugins(argv))
     for argument in argv[1:]:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+        if match := re.match(r"--?config\.([^=]*)", argument):
             check_name(match[1])
     presets = list(experiment.presets)
-    flags.DEFINE_enum("preset", presets[0], presets, "the fields' values before --config.FIELD=VALUE")
-    flags.DEFINE_multi_string("plugin", [], "a Python file of your own that registers methods or models (repeatable)")
-    flags.DEFINE_string("workdir", None, "the run's folder (default: runs/NAME-HASH); the same command goes on there")
-    flags.DEFINE_string("data_dir", None, "folder of the data set's original files, or of TFDS")
-    flags.DEFINE_bool("dry_run", False, "print and write the plan, train nothing")
-    flags.DEFINE_bool("overwrite", False, "start anew in a workdir that holds a run")
-    flags.DEFINE_string("wandb", "auto", "W&B: auto, online, offline, disabled")
-    flags.DEFINE_float("device_memory_gib", 0.0, "plan for a device of this memory (0: the device at hand)")
-    values = experiment.presets[_preset(argv, presets)]
+    preset = (flag_values(argv, "preset") or presets)[-1 if flag_values(argv, "preset") else 0]
+    if preset not in presets:
+        raise InputError(f"--preset={preset} is not allowed: one of {', '.join(presets)}.")
+    flags.DEFINE_enum("preset", presets[0], presets, OWN["preset"])
+    flags.DEFINE_multi_string("plugin", [], OWN["plugin"])
+    flags.DEFINE_string("workdir", None, OWN["workdir"])
+    flags.DEFINE_string("data_dir", None, OWN["data_dir"])
+    flags.DEFINE_bool("dry_run", False, OWN["dry_run"])
+    flags.DEFINE_bool("overwrite", False, OWN["overwrite"])
+    flags.DEFINE_string("wandb", "auto", OWN["wandb"])
+    flags.DEFINE_float("device_memory_gib", 0.0, OWN["device_memory_gib"])
+    values = experiment.presets[preset]
     # Tuples throughout: ml_collections then takes `8`, `8,16` and `(8, 16)`; our own check does the rest.
-    given = {name: values.get(name, spec.default) for name, spec in FIELDS.items()}
+    given = {name: values.get(name, field.default) for name, field in FIELDS.items()}
     tuples = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
-    what = "--config.FIELD=VALUE or --config.FIELD='(VALUE, VALUE)' for the fields " + ", ".join(FIELDS)
-    config_flags.DEFINE_config_dict("config", ConfigDict(tuples), what)
-    for name in OWN:  # so that --help shows them
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    config_flags.DEFINE_config_dict("config", ConfigDict(tuples), "--config.FIELD=VALUE")
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
     for argument in argv[1:]:
-        if argument.startswith("-") and not re.match(r"--?(?:no)?config\.", argument):
+        if argument.startswith("-") and not re.match(r"--?config\.", argument):
             name = re.sub(r"^--?|=.*$", "", argument)
             known = [*flags.FLAGS, *(f"no{n}" for n in flags.FLAGS)]
             if name and name not in known:
@@ -100,10 +161,39 @@ def parse(argv: Sequence[str]) -> list[str]:
         refuse(f"the flags cannot be read: {error}")
 
 
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether one of the arguments does, in any of absl's spellings."""
+    return any(re.fullmatch(r"-h|--?help(full|short)?(=true)?", argument) for argument in argv[1:])
+
+
+def recorded(argv: Sequence[str]) -> str:
+    """The command as it can be given again."""
+    module = sys.modules["__main__"].__spec__
+    return f"python {f'-m {module.name}' if module else argv[0]} {shlex.join(argv[1:])}".strip()
+
+
+def interrupted(run: Callable[[], Any]) -> None:
+    """Run; a request to stop ends with a sentence and exit code 130."""
+    try:
+        run()
+    except InputError as error:
+        refuse(error)
+    except KeyboardInterrupt as error:
+        said = str(error) or "Interrupted; the same command goes on from the last checkpoint."
+        print(said, file=sys.stderr)
+        sys.exit(130)
+
+
 def main(experiment: Experiment) -> None:
     """Run an experiment from the command line."""
+    given = list(sys.argv)
     try:
-        sys.argv[:] = last_wins(sys.argv)
+        sys.argv[:] = expanded(sys.argv)
+        plugins.load(flag_values(sys.argv, "plugin"))
+        if asks_for_help(sys.argv):
+            show(help_text(experiment, sys.modules["__main__"].__doc__ or experiment.title))
+            return
+        sys.argv[:] = last_wins(sys.argv, [name for name, field in FIELDS.items() if field.type is bool])
         _define(experiment, sys.argv)
     except InputError as error:
         refuse(error)
@@ -116,22 +206,9 @@ def main(experiment: Experiment) -> None:
             refuse(error)
         from plastic_jax.running.options import Options
         from plastic_jax.running.runner import run_experiment
-        from plastic_jax.running.training import Interrupted
 
-        module = sys.modules["__main__"].__spec__
-        name = f"-m {module.name}" if module else sys.argv[0]
-        command = f"python {name} {shlex.join(sys.argv[1:])}".strip()
-        options = Options(f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, command)
-        try:
-            logging.set_verbosity(logging.ERROR)
-            run_experiment(experiment, sweep, options, lambda text: print(text, flush=True))
-        except InputError as error:
-            refuse(error)
-        except KeyboardInterrupt:
-            print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-            sys.exit(130)
-        except Interrupted as signal_name:
-            print(f"Interrupted by {signal_name}; the same command goes on from the checkpoint.", file=sys.stderr)
-            sys.exit(130)
+        options = Options(f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, recorded(given))
+        logging.set_verbosity(logging.ERROR)
+        interrupted(lambda: run_experiment(experiment, sweep, options, show))
 
     app.run(run, flags_parser=parse)

@@ -32,3 +32,6 @@ class Experiment:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fresh: Mapping[str, Any] = field(default_factory=lambda: {"warm_start_epochs": 0})
     draw: Callable[[Table, list[dict[str, Any]], Setting, str], list[Drawing]] = warm_start_figures
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.name!r})"

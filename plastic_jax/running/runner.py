@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -69,12 +70,15 @@ def run(
       InputError: bad input, before any work has started.
       KeyboardInterrupt: asked to stop; a checkpoint has been written, and the same call goes on from it.
     """
-    load_plugins(plugins)
     chosen = Options(
         None if workdir is None else os.fspath(workdir),
         data_dir, dry_run, overwrite, wandb, device_memory_gib, command, progress,
     )  # fmt: skip
-    return run_experiment(study or Experiment(), Sweep.of(config), chosen, say)
+    try:
+        load_plugins(plugins)
+        return run_experiment(study or Experiment(), Sweep.of(config), chosen, say)
+    except InputError as error:
+        raise InputError(re.sub(r"--(config\.)?(?=\w)", "", str(error))) from None  # names, not a shell's flags
 
 
 load_plugins = plugins.load
@@ -87,6 +91,8 @@ def run_experiment(of: Experiment, sweep: Sweep, options: Options, say: Callable
         raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(tracking.MODES)}.")
     specs = {name: data.spec(name, options.data_dir) for name in sweep.values["dataset"]}
     study = trial.study(sweep, specs, of.fresh)
+    for sentence in trial.without_effect(study):
+        say(sentence)
     path = (Path(options.workdir) if options.workdir else default_workdir(of.name, sweep)).absolute()  # Orbax's wish
     double = "float64" in sweep.values["compute_dtype"]
     with workdir.opened(path), jax.enable_x64(True) if double else contextlib.nullcontext():

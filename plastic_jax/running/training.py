@@ -27,8 +27,8 @@ from plastic_jax.train.schedule import Records
 from plastic_jax.train.trial_axis import Formulation
 
 
-class Interrupted(Exception):
-    """The process was asked to stop; everything computed is in a checkpoint."""
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop; everything computed is in a checkpoint, as its message says."""
 
 
 class Training:
@@ -164,7 +164,10 @@ class Training:
                 saved = time.monotonic()
             if self.stop is not None:
                 checkpoints.wait()
-                raise Interrupted(signal.Signals(self.stop).name)
+                name = signal.Signals(self.stop).name
+                raise Interrupted(
+                    f"Interrupted by {name}: a checkpoint is written, and the same command goes on from it."
+                )
 
     def _save(self, checkpoints: Checkpoints, live: ProgramRun | None) -> None:
         arrays, program = live.snapshot() if live else ({}, None)  # waits for the chunk that is being trained

@@ -4,7 +4,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ OWN = ("config.json", "plan.json", "results.parquet", "summary.json", "report.ht
 
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Make the folder if need be and hold it alone.
+    """Make the folder if need be and hold it alone; what is refused leaves no folder that was not there.
 
     Raises:
       InputError: it cannot be written, or another process runs in it.
     """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "a")  # noqa: SIM115
@@ -41,7 +42,15 @@ def opened(path: Path) -> Iterator[Path]:
             raise InputError(
                 f"--workdir={path} is in use by a running process: wait for it to end, or name another folder."
             ) from None
-        yield path
+        try:
+            yield path
+        except InputError:
+            if made and [file.name for file in path.iterdir()] == [".lock"]:
+                (path / ".lock").unlink()
+                for folder in made:
+                    with suppress(OSError):  # somebody else's by now
+                        folder.rmdir()
+            raise
 
 
 def check_own(path: Path) -> None:

@@ -134,7 +134,7 @@ class Config(_Declared):
     norm: str = _field("batch", "static", "normalisation", choices=NORMS)
     initialisation: str = _field("pytorch", "static", "initialisation: PyTorch's default (kaiming uniform, a = sqrt 5), he or lecun", choices=INITIALISATIONS)
     compute_dtype: str = _field("float32", "static", "arithmetic; parameters stay float32 (float64 is for verification)", choices=COMPUTE_DTYPES)
-    optimizer: str = _field("adam", "static", "optimiser", choices=lambda: OPTIMISERS.names)
+    optimizer: str = _field("adam", "static", "optimiser", choices=lambda: OPTIMISERS.names, hints={"adamw": "AdamW is optimizer=adam with decoupled=True and a weight_decay"})
     learning_rate: float = _field(1e-3, "dynamic", "learning rate", above=0.0)
     tuning_learning_rate_factor: float = _field(1.0, "dynamic", "the tuning stage's learning rate over `learning_rate` (fresh arm too)", above=0.0)
     schedule: str = _field("constant", "dynamic", "learning rate over a stage: constant, or falling to 0 by a cosine or a line", choices=SCHEDULES)
@@ -233,6 +233,10 @@ class Sweep:
     """A tuple of values for every field, each checked; run fields hold one value."""
 
     values: Mapping[str, tuple[Any, ...]]
+
+    def __repr__(self) -> str:
+        own = {name: value for name, value in self.as_dict().items() if value != FIELDS[name].default}
+        return f"Sweep({', '.join(f'{name}={value!r}' for name, value in own.items())})"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Sweep":

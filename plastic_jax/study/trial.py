@@ -104,6 +104,9 @@ class Study:
     trials: tuple[Trial, ...]
     estimated: bool = False
 
+    def __repr__(self) -> str:
+        return f"Study({len(self.arms)} arms, {len(self.trials)} trials, swept: {', '.join(self.swept) or 'nothing'})"
+
 
 def stage_sizes(point: Config, size: int, classes: int) -> tuple[int, ...]:
     """Sizes of the stages' data sets; an estimate where `uniform_fraction` is below 1."""
@@ -300,6 +303,17 @@ def _trial_sizes(point: Config, spec: DatasetSpec, seed: int, labels: np.ndarray
         nesting=point.nesting,
     )
     return tuple(drawn.sizes.tolist())
+
+
+def without_effect(of: Study) -> list[str]:
+    """A sentence for each field that was given another value than its default, and has no effect on any arm."""
+    found, points = [], [canonical(arm.point) for arm in of.arms]
+    for name, field in FIELDS.items():
+        values = of.sweep.values[name]
+        if field.swept and values != (field.default,) and all(point[name] is None for point in points):
+            shown = values[0] if len(values) == 1 else values
+            found.append(f"Note: {name}={shown} has no effect on any arm of this study.")
+    return found
 
 
 def study(
