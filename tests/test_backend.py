@@ -139,7 +139,8 @@ def test_what_was_read_longest_ago_goes_when_there_is_too_much(tmp_path):
 DRAWS = """
 import hashlib, json, sys
 import jax, jax.numpy as jnp, numpy as np
-from plastic_jax import models, sampler, streams
+from plastic_jax import models, streams
+from plastic_jax.data import sampler
 from plastic_jax.study.config import Config
 from plastic_jax.kernels import Form
 

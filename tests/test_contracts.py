@@ -218,7 +218,7 @@ def test_a_schedule_that_depends_on_the_length_is_not_shared():
 def test_dynamic_values_share_one_compiled_program(kernels, block):
     """Nor does a second run of the program compile anything, nor one that is resumed."""
     study = tiny.study(
-        learning_rate=(0.001, 0.01), weight_decay=(0.0, 0.1), label_noise=(0.0, 0.2), pretraining_fraction=(0.4, 0.7),
+        learning_rate=(0.001, 0.01), weight_decay=(0.05, 0.1), label_noise=(0.0, 0.2), pretraining_fraction=(0.4, 0.7),
         tuning_learning_rate_factor=(1.0, 3.0), warm_start_epochs=(0, 3), batch_stats=("carry", "restart"),
         seeds=1, equal_updates=False, width=7,  # a width of its own: no other test has compiled it
         schedule=("constant", "cosine"),

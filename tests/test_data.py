@@ -579,7 +579,7 @@ def test_a_killed_preparation_leaves_nothing_broken(tmp_path: Path, tfds_dir: Pa
         """
         import os, signal
         from plastic_jax import data
-        from plastic_jax.datasets import builders, originals
+        from plastic_jax.data import builders, originals
         import test_data
         originals.SPECS.update(test_data.SMALL)
         whole = builders.Cifar10._generate_examples
@@ -611,7 +611,7 @@ def test_two_processes_prepare_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         import time
         from pathlib import Path
         from plastic_jax import data
-        from plastic_jax.datasets import builders, originals
+        from plastic_jax.data import builders, originals
         import test_data
         originals.SPECS.update(test_data.SMALL)
         folder = Path(sys.argv[1])

@@ -510,7 +510,7 @@ def train_and_be_killed(tmp_path: Path, trials: list[Trial], rows: pd.DataFrame)
     """A process that logs some rows online and is killed as soon as they are on their way."""
     script = f"""
         import json, os, pathlib, signal, time
-        from plastic_jax import tracking
+        from plastic_jax.report import tracking
         workdir = pathlib.Path({str(tmp_path)!r})
         trials = [tracking.Trial(**trial) for trial in json.load(open(workdir / "trials"))]
         tracker = tracking.Tracker("auto", workdir, "p", "digits", trials, print)
