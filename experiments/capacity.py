@@ -11,8 +11,8 @@ The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 
 from typing import Any
 
-from plastic_jax.report import arm_figures, figures
-from plastic_jax.results.tables import Setting
+from plastic_jax.report import arm_figures, figures, style
+from plastic_jax.results.settings import Setting
 from plastic_jax.running.cli import main
 from plastic_jax.running.experiment import Drawing, Experiment, Table
 
@@ -32,7 +32,7 @@ PAPER = dict(depth=(1, 2, 3, 4), width=(16, 32, 64, 128))  # sizes are ours (the
 
 def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
     """Gap and test accuracy against width, a line for each depth."""
-    x = figures.on_axis(setting, "width", "depth")
+    x = style.on_axis(setting, "width", "depth")
     words = {"width": "width w", "depth": "depth d", "warm_start_epochs": "pretraining epochs"}
     gaps = figures.gap_curve(
         table,

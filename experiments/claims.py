@@ -36,7 +36,7 @@ def judge(workdirs: Sequence[str], out: str) -> str:
       InputError: no workdir, one that is named twice or cannot be judged, or a folder that cannot be written.
     """
     from plastic_jax.claims import evidence, rules, verdict_table, verdicts
-    from plastic_jax.results.tables import replace_file
+    from plastic_jax.files import replace_file
     from plastic_jax.running import workdir
 
     if not workdirs:

@@ -13,7 +13,7 @@ The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 from typing import Any
 
 from plastic_jax.report import arm_figures
-from plastic_jax.results.tables import Setting
+from plastic_jax.results.settings import Setting
 from plastic_jax.running.cli import main
 from plastic_jax.running.experiment import Drawing, Experiment, Table
 

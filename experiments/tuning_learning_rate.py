@@ -13,8 +13,8 @@ The quickstart's time: two CPU cores, 2026-11-22, beside other work.
 
 from typing import Any
 
-from plastic_jax.report import arm_figures, figures
-from plastic_jax.results.tables import Setting
+from plastic_jax.report import arm_figures, figures, style
+from plastic_jax.results.settings import Setting
 from plastic_jax.running.cli import main
 from plastic_jax.running.experiment import Drawing, Experiment, Table
 
@@ -27,8 +27,8 @@ PAPER = COMMON
 
 def draw(table: Table, summary: list[dict[str, Any]], setting: Setting, subtitle: str) -> list[Drawing]:
     """Gap and test accuracy against the tuning learning rate, a line for each schedule."""
-    x = figures.on_axis(setting, "tuning_learning_rate_factor")
-    label = "pretraining epochs" if x == figures.WARM_START else "tuning learning rate / pretraining learning rate"
+    x = style.on_axis(setting, "tuning_learning_rate_factor")
+    label = "pretraining epochs" if x == style.WARM_START else "tuning learning rate / pretraining learning rate"
     gaps = figures.gap_curve(
         table,
         summary,

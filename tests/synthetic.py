@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from plastic_jax.results.tables import Setting
+from plastic_jax.results.settings import Setting
 
 TRAIN_EXAMPLES, BATCH = 1000, 100
 

@@ -17,10 +17,11 @@ from experiments import claims as command
 from experiments import warm_start
 from plastic_jax.claims import evidence, rules, verdict_table, verdicts
 from plastic_jax.claims.evidence import Evidence
-from plastic_jax.claims.rules import CLAIMS, Measured, Sample
+from plastic_jax.claims.measures import Measured, Sample
+from plastic_jax.claims.rules import CLAIMS
 from plastic_jax.errors import InputError
 from plastic_jax.results import inference, tables
-from plastic_jax.results.tables import Setting
+from plastic_jax.results.settings import Setting
 from plastic_jax.running import experiment
 from plastic_jax.study.config import Config, canonical
 

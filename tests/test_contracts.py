@@ -9,7 +9,7 @@ import tiny
 from plastic_jax.data import sampler
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, library
-from plastic_jax.results import tables
+from plastic_jax.results import settings, summaries, tables
 from plastic_jax.study import plan
 from plastic_jax.study.config import Config
 from plastic_jax.train import core
@@ -529,7 +529,7 @@ def test_a_control_below_a_skipped_stretch_of_tuning():
 def test_the_equal_updates_gap_of_an_arm_does_not_depend_on_other_arms():
     def gap(*lengths: int) -> float:
         study = tiny.study(warm_start_epochs=(0, *lengths), eval_every=5, tuning_epochs=12, metric_epochs=4, seeds=3)
-        setting = tables.Setting(
+        setting = settings.Setting(
             study.swept,
             tuple({"arm": a.arm, **a.values} for a in study.arms),
             {a.arm: a.fresh for a in study.arms},
@@ -537,7 +537,7 @@ def test_the_equal_updates_gap_of_an_arm_does_not_depend_on_other_arms():
             True,
             5,
         )
-        rows = tables.summary(tiny.trained(study), setting)
+        rows = summaries.summary(tiny.trained(study), setting)
         return next(row["gap_equal_updates"] for row in rows if row["warm_start_epochs"] == 4)
 
     assert gap(4) == gap(4, 30) == gap(4, 6, 9)

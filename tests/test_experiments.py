@@ -14,8 +14,8 @@ from synthetic import rows
 import plastic_jax
 from experiments.module_reset import PREFIXES, RESETS, SINGLETONS, SUFFIXES
 from plastic_jax.report import arm_figures
-from plastic_jax.results import tables
-from plastic_jax.results.tables import Setting
+from plastic_jax.results import estimates, pairing, summaries
+from plastic_jax.results.settings import Setting
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py") if "EXPERIMENT = " in p.read_text())
@@ -170,7 +170,7 @@ def reset_table(sets, seeds=8):
 def test_reset_gaps_stand_at_their_sets_of_modules():
     table, setting = reset_table(["none", "1", "2", "1-2"])
     groups = {"first": ("1", "1-2"), "single": ("1", "2", "3")}
-    panels = draw(arm_figures.reset_gaps(table, tables.summary(table, setting), setting, groups, "title"))
+    panels = draw(arm_figures.reset_gaps(table, summaries.summary(table, setting), setting, groups, "title"))
     ticks = [[t.get_text() for t in axes.get_xticklabels()] for axes in panels]
     assert ticks == [["1", "1-2"], ["1", "2"]]
     means = [[c.lines[0].get_ydata()[0] for c in axes.containers] for axes in panels]
@@ -180,7 +180,7 @@ def test_reset_gaps_stand_at_their_sets_of_modules():
 
 def test_resets_of_no_group_have_a_panel_of_their_own():
     table, setting = reset_table(["none", "1", "1+3", "2+5"])
-    canvas = arm_figures.reset_gaps(table, tables.summary(table, setting), setting, {"first": ("1", "1-2")}, "title")
+    canvas = arm_figures.reset_gaps(table, summaries.summary(table, setting), setting, {"first": ("1", "1-2")}, "title")
     ticks = [[t.get_text() for t in axes.get_xticklabels()] for axes in draw(canvas)]
     assert ticks == [["1"], ["1+3", "2+5"]]
 
@@ -192,7 +192,7 @@ def test_resets_in_several_other_settings_are_figures_of_their_own():
     gaps = {("adam", "none"): -0.04, ("adam", "6"): -0.03, ("sgd", "none"): -0.02, ("sgd", "6"): -0.01}
     values |= {(o, 9, name): [0.8 + gap + 0.01 * s for s in range(8)] for (o, name), gap in gaps.items()}
     table, setting = arms_table(values, swept, lambda key: (key[0], 0, None))
-    drawn = experiment("module_reset").draw(table, tables.summary(table, setting), setting, "digits")
+    drawn = experiment("module_reset").draw(table, summaries.summary(table, setting), setting, "digits")
     assert [name for name, _, _ in drawn] == ["reset", "speed", "reset_2", "speed_2"]
     for optimizer, (_, caption, canvas), (_, _, speed) in zip(("adam", "sgd"), drawn[::2], drawn[1::2], strict=True):
         panel = draw(canvas)[0]
@@ -207,7 +207,7 @@ def test_resets_in_several_other_settings_are_figures_of_their_own():
 def test_a_sweep_of_one_size_or_rate_is_drawn_against_the_pretraining_epochs(name, lengths):
     values = {(length,): [0.8 - length / 1e4, 0.7, 0.75] for length in lengths}
     table, setting = arms_table(values, ("warm_start_epochs",), lambda _: (0,))
-    for _, _, canvas in experiment(name).draw(table, tables.summary(table, setting), setting, "digits"):
+    for _, _, canvas in experiment(name).draw(table, summaries.summary(table, setting), setting, "digits"):
         draw(canvas)
 
 
@@ -220,7 +220,7 @@ def test_many_lines_stay_within_the_axes():
         for warm in (0, 350)
     }
     table, setting = arms_table(values, ("width", "depth", "warm_start_epochs"), lambda key: (*key[:2], 0))
-    for _, _, canvas in experiment("capacity").draw(table, tables.summary(table, setting), setting, "cifar10"):
+    for _, _, canvas in experiment("capacity").draw(table, summaries.summary(table, setting), setting, "cifar10"):
         for axes in draw(canvas):
             low, high = axes.get_xlim()
             at = np.concatenate([container.lines[0].get_xdata() for container in axes.containers])
@@ -253,17 +253,17 @@ def speed_table():
 
 def test_training_speed_is_the_first_epoch_at_that_accuracy_or_censored():
     table, _ = speed_table()
-    found = tables.epochs_to_accuracy(table, 0.99)
+    found = pairing.epochs_to_accuracy(table, 0.99)
     fresh, reset = (found[found["arm"].str.contains("reset") == flag] for flag in (False, True))
     assert fresh.epochs.tolist() == [3, 4, 5, 6, 7, 8, 9, 10] and fresh.reached.all()
     assert reset.epochs.tolist() == [6, 7, 8, 9, 10, 10, 10, 10]
     assert reset.reached.tolist() == [True] * 5 + [False] * 3
     assert fresh.before.tolist() == [2, 3, 4, 5, 6, 7, 8, 9] and reset.before.tolist() == [5, 6, 7, 8, 9] + [10] * 3
-    coarse = tables.epochs_to_accuracy(table[(table.epoch % 3 == 0) | (table.epoch == 10)], 0.99)
+    coarse = pairing.epochs_to_accuracy(table[(table.epoch % 3 == 0) | (table.epoch == 10)], 0.99)
     fresh = coarse[~coarse["arm"].str.contains("reset")]
     assert fresh.epochs.tolist() == [3, 6, 6, 6, 9, 9, 9, 10] and fresh.before.tolist() == [0, 3, 3, 3, 6, 6, 6, 9]
     table.loc[table.trial == 0, "diverged"] = True
-    assert 0 not in set(tables.epochs_to_accuracy(table, 0.99).trial)
+    assert 0 not in set(pairing.epochs_to_accuracy(table, 0.99).trial)
 
 
 def test_training_speed_draws_medians_and_marks_what_is_censored():
@@ -278,12 +278,12 @@ def test_training_speed_draws_medians_and_marks_what_is_censored():
 
 def test_the_medians_interval_covers_what_it_says():
     random = np.random.default_rng(0)
-    assert tables.median_interval(np.arange(5.0)) is None
-    assert tables.median_interval(np.arange(6.0)) == [0, 5]
+    assert estimates.median_interval(np.arange(5.0)) is None
+    assert estimates.median_interval(np.arange(6.0)) == [0, 5]
     for count in (6, 11, 16, 25):
         hits = 0
         for _ in range(2000):
-            low, high = tables.median_interval(random.exponential(size=count)) or (math.nan,) * 2
+            low, high = estimates.median_interval(random.exponential(size=count)) or (math.nan,) * 2
             hits += low <= math.log(2) <= high
         assert hits / 2000 >= 0.94
 

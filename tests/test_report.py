@@ -15,9 +15,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic import learning_curves, pair_table, rows, two_arms
 
-from plastic_jax.report import figures, page
-from plastic_jax.results import tables
-from plastic_jax.results.tables import Setting
+from plastic_jax.report import page, style
+from plastic_jax.results import estimates, pairing, summaries
+from plastic_jax.results.settings import Setting
 
 LENGTHS = (0, 1, 10, 40)
 
@@ -26,7 +26,7 @@ LENGTHS = (0, 1, 10, 40)
 def sweep():
     """Three optimisers, four lengths, five seeds: table, summary, setting."""
     table, setting = learning_curves(LENGTHS, ("adam", "rmsprop", "sgd"), 5, tuning_epochs=30, metric_epochs=10)
-    return table, tables.summary(table, setting), setting
+    return table, summaries.summary(table, setting), setting
 
 
 def part(sweep, optimizers: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict], Setting]:
@@ -35,7 +35,7 @@ def part(sweep, optimizers: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict], 
     fresh = {arm["arm"]: whole.fresh[arm["arm"]] for arm in arms}
     setting = Setting(whole.swept, arms, fresh, whole.metric_epochs, whole.equal_updates)
     table = table[table["optimizer"].isin(optimizers)]
-    return table, tables.summary(table, setting), setting
+    return table, summaries.summary(table, setting), setting
 
 
 def make_page(workdir: Path, summary: list[dict], setting: Setting, **changes) -> str:
@@ -139,7 +139,7 @@ def test_accuracy_curves_align_the_tuning_stages(sweep):
 def test_accuracy_curves_band_is_the_t_interval():
     table = pair_table([0.80, 0.82, 0.84], [0.7, 0.7, 0.7])
     curves, _ = page.accuracy_curves(table, two_arms(), "digits").axes
-    low, high = 100 * np.array(tables.t_interval(np.array([0.81, 0.83, 0.85])))
+    low, high = 100 * np.array(estimates.t_interval(np.array([0.81, 0.83, 0.85])))
     heights = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in curves.collections])
     assert np.isclose(heights, low).any() and np.isclose(heights, high).any()
 
@@ -195,8 +195,8 @@ def test_gap_curve_shows_the_summary(sweep):
     assert colours["gap", "adam"] == colours["gap_equal_updates", "adam"]
     assert colours["gap", "adam"] != colours["gap", "rmsprop"]
     seeds = [c.get_offsets()[:, 1] for c in axes.collections if c.get_offsets().shape[0] == 5]
-    metrics = tables.trial_metrics(table, setting)
-    paired = tables.pairs(table, setting, metrics, "optimizer=adam, warm_start_epochs=40")
+    metrics = pairing.trial_metrics(table, setting)
+    paired = pairing.pairs(table, setting, metrics, "optimizer=adam, warm_start_epochs=40")
     gaps = 100 * (paired["arm"] - paired["fresh"])
     assert any(np.allclose(points, gaps) for points in seeds)
     assert axes.get_ylabel() == "generalisation gap, percentage points"
@@ -233,7 +233,7 @@ def test_a_legend_of_long_names_lies_within_the_figure():
         for seed in range(3):
             made += rows(3 * index + seed, arm, seed, "tuning", [1], [0.8 - 0.01 * index])
     table = pd.DataFrame(made)
-    canvas = page.gap_curve(table, tables.summary(table, setting), setting)
+    canvas = page.gap_curve(table, summaries.summary(table, setting), setting)
     FigureCanvasAgg(canvas).draw()
     box = canvas.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= canvas.bbox.x1
@@ -248,7 +248,7 @@ def test_gap_curve_against_names_joins_nothing():
         for seed in range(3):
             made += rows(3 * index + seed, arm, seed, "tuning", [1], [0.8 - 0.01 * index])
     table = pd.DataFrame(made)
-    canvas = page.gap_curve(table, tables.summary(table, setting), setting, x="reset")
+    canvas = page.gap_curve(table, summaries.summary(table, setting), setting, x="reset")
     (axes,) = canvas.axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == list(names)
     joined = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
@@ -270,7 +270,7 @@ def test_gap_curve_against_names_joins_nothing():
     ],
 )
 def test_places_on_the_axis(values, expected, logarithmic):
-    place, is_log = figures.places(values)
+    place, is_log = style.places(values)
     assert place == pytest.approx(expected) and is_log is logarithmic
 
 
@@ -333,7 +333,7 @@ def test_terminal_table_shows_every_arm_in_points_and_100_columns(sweep):
     ],
 )
 def test_headline_says_the_result_in_words(warm, changes, expected):
-    summary = tables.summary(pair_table([0.8] * 3, [*warm]), two_arms())
+    summary = summaries.summary(pair_table([0.8] * 3, [*warm]), two_arms())
     summary[1] |= changes
     (sentence,) = page.headlines(summary, two_arms())
     assert expected in sentence
@@ -422,7 +422,7 @@ def test_page_stands_alone_and_holds_everything(sweep, tmp_path):
 
 def test_page_escapes_what_it_is_given(tmp_path):
     setting = two_arms()
-    summary = tables.summary(pair_table([0.8], [0.7]), setting)
+    summary = summaries.summary(pair_table([0.8], [0.7]), setting)
     bad = "<script>alert('x')</script>&amp;"
     html = make_page(
         tmp_path,
@@ -440,7 +440,7 @@ def test_page_escapes_what_it_is_given(tmp_path):
 
 def test_page_shows_the_bootstrap_where_there_is_one(tmp_path):
     warm = 0.79 + 0.001 * np.arange(20)
-    summary = tables.summary(pair_table([0.8] * 20, [*warm]), two_arms())
+    summary = summaries.summary(pair_table([0.8] * 20, [*warm]), two_arms())
     low, high = summary[1]["gap_bootstrap_ci95"]
     html = make_page(tmp_path, summary, two_arms())
     cell = f"[{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "\u2212")

@@ -12,9 +12,10 @@ import pytest
 from scipy import stats
 from synthetic import TRAIN_EXAMPLES, pair_table, rows, two_arms
 
+from plastic_jax import files
 from plastic_jax.errors import InputError
-from plastic_jax.results import tables
-from plastic_jax.results.tables import Setting
+from plastic_jax.results import estimates, pairing, summaries, tables
+from plastic_jax.results.settings import Setting
 
 HALF = TRAIN_EXAMPLES // 2
 
@@ -33,7 +34,7 @@ MIXED = ("length", "rate", "optimizer", "reset")
 
 
 def only(table: pd.DataFrame, setting: Setting, arm: str = "warm") -> dict:
-    return next(row for row in tables.summary(table, setting) if row["arm"] == arm)
+    return next(row for row in summaries.summary(table, setting) if row["arm"] == arm)
 
 
 # The file
@@ -117,14 +118,14 @@ def test_write_refuses_a_wrong_table(tmp_path, change, swept, message):
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "t"
-    tables.replace_file(path, b"old")
+    files.replace_file(path, b"old")
 
     def fail(_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        tables.replace_file(path, b"new")
+        files.replace_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -159,7 +160,7 @@ def test_metric_is_the_mean_over_the_last_epochs_of_tuning():
     made += rows(5, arm, 2, "tuning_continued", [13], [0.99], start=4 * HALF)
     table = pd.DataFrame(made)
     for metric_epochs, expected in ((1, 0.7), (4, 0.55), (5, (0.2 + 0.4 + 0.7) / 3), (99, 0.35)):
-        (row,) = tables.trial_metrics(table, two_arms(metric_epochs)).to_dict("records")
+        (row,) = pairing.trial_metrics(table, two_arms(metric_epochs)).to_dict("records")
         assert row["test_accuracy"] == pytest.approx(expected, abs=1e-15)
     assert row["arm"] == "warm" and row["seed"] == 2 and row["trial"] == 5
     assert row["fit_accuracy"] == 0.995 and row["steps"] == 20 + 100
@@ -171,7 +172,7 @@ def test_metric_window_forgives_rounded_epochs():
     made = rows(0, two_arms().arms[0], 0, "tuning", [1, 2, 3], [0.0, 0.4, 0.6])
     table = pd.DataFrame(made)
     table["epoch"] = [1.0 + 1e-12, 2.0, 3.0]
-    assert tables.trial_metrics(table, two_arms(2))["test_accuracy"].tolist() == [0.5]
+    assert pairing.trial_metrics(table, two_arms(2))["test_accuracy"].tolist() == [0.5]
 
 
 def test_diverged_and_unfinished_trials_have_no_metric():
@@ -182,7 +183,7 @@ def test_diverged_and_unfinished_trials_have_no_metric():
     made += rows(3, warm, 1, "pretraining", [1], [0.0], diverged=True)
     made += rows(4, fresh, 2, "tuning", [1, 2], [0.5, 0.6])
     made += rows(4, fresh, 2, "tuning_continued", [3], [0.0], diverged=True)  # the control alone
-    metrics = tables.trial_metrics(pd.DataFrame(made), two_arms(1))
+    metrics = pairing.trial_metrics(pd.DataFrame(made), two_arms(1))
     assert metrics["finished"].tolist() == [False, False, True, True, True]
     assert metrics["diverged"].tolist() == [False, False, True, True, False]
     assert metrics["test_accuracy"].isna().tolist() == [True] * 4 + [False]
@@ -230,7 +231,7 @@ def test_pairs_are_matched_by_seed_and_not_by_position():
 def test_t_interval_covers_what_it_says():
     random = np.random.default_rng(0)
     samples = random.normal(0.3, 1, (1500, 5))
-    intervals = np.array([tables.t_interval(sample) for sample in samples])
+    intervals = np.array([estimates.t_interval(sample) for sample in samples])
     covered = np.mean((intervals[:, 0] < 0.3) & (intervals[:, 1] > 0.3))
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1500)
 
@@ -296,9 +297,9 @@ def test_a_diverged_half_leaves_the_gap_and_too_many_take_the_verdict(arm):
 def test_a_table_of_another_config_is_refused():
     table = pair_table([0.8], [0.7])
     with pytest.raises(InputError, match="arm 'warm' that the config lacks"):
-        tables.summary(table, dataclasses.replace(two_arms(), arms=two_arms().arms[:1]))
+        summaries.summary(table, dataclasses.replace(two_arms(), arms=two_arms().arms[:1]))
     with pytest.raises(InputError, match="two trials of arm 'warm' and seed 0"):
-        tables.summary(pd.concat([table, table.assign(trial=9, arm="warm")]), two_arms())
+        summaries.summary(pd.concat([table, table.assign(trial=9, arm="warm")]), two_arms())
 
 
 def test_summary_is_plain_json_with_every_key_in_every_arm():
@@ -310,7 +311,7 @@ def test_summary_is_plain_json_with_every_key_in_every_arm():
     setting = Setting(swept, arms, {"fresh": "fresh", "warm": "fresh"}, 2, True)
     table = pair_table([0.8], [0.7])
     for part in (table, table.iloc[:0], table[table["epoch"] < 3]):
-        summary = tables.summary(part, setting)
+        summary = summaries.summary(part, setting)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
         assert [list(row) for row in summary] == [
             [

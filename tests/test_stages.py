@@ -15,7 +15,7 @@ from plastic_jax import models
 from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
-from plastic_jax.results import rows, tables
+from plastic_jax.results import rows, summaries, tables
 from plastic_jax.study import plan
 from plastic_jax.study.config import Config, Sweep, canonical
 from plastic_jax.train import core
@@ -338,7 +338,7 @@ def test_the_cap_ends_a_stage_that_never_reaches_its_accuracy():
     others = found.drop(index=ends.index)
     assert others.accuracy_reached.isna().all(), "null within a stage, and where no accuracy was asked for"
     assert found[found.stage == "tuning"].groupby("trial").size().eq(4).all()
-    summary = tables.summary(found, tiny.setting(study))
+    summary = summaries.summary(found, tiny.setting(study))
     assert [row["unreached"] for row in summary] == [0, 2]
 
 
@@ -364,7 +364,7 @@ def test_the_control_of_many_stages_learns_its_length():
         fresh = own[own.pretraining_stages == 0]
         assert np.floor(fresh.epoch.max()) == max(most * 8 // 50, 6)
         assert set(fresh.stage) == {"tuning", "tuning_continued"}
-    controls = [row["pairs_equal_updates"] for row in tables.summary(found, tiny.setting(study))]
+    controls = [row["pairs_equal_updates"] for row in summaries.summary(found, tiny.setting(study))]
     assert controls == [0, 3, 3]
     tiny.same(found, tiny.trained(study, slots=1))
 

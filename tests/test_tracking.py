@@ -23,9 +23,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from plastic_jax import tracking
 from plastic_jax.errors import InputError
-from plastic_jax.report import tracking, wandb_log
-from plastic_jax.report.tracking import Tracker, Trial
+from plastic_jax.report import tracker as tracker_module
+from plastic_jax.report import wandb_log, wandb_runs
+from plastic_jax.report.tracker import Tracker
+from plastic_jax.report.wandb_runs import Trial
 from plastic_jax.results import tables
 
 KEY = "0123456789" * 4
@@ -288,18 +291,18 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_run_ids_name_the_experiment_the_config_and_the_seed() -> None:
-    first = tracking.run_id("digits", {"a": 1, "b": 2.5}, 3)
-    assert first == tracking.run_id("digits", {"b": 2.5, "a": 1}, 3)
+    first = wandb_runs.run_id("digits", {"a": 1, "b": 2.5}, 3)
+    assert first == wandb_runs.run_id("digits", {"b": 2.5, "a": 1}, 3)
     assert first == "2a0fdaa7dce0ef3d", "ids changed: runs of earlier versions are no longer found"
     others = {
-        tracking.run_id("other", {"a": 1, "b": 2.5}, 3),
-        tracking.run_id("digits", {"a": 1, "b": 2}, 3),
-        tracking.run_id("digits", {"a": 1, "b": 2.5}, 4),
+        wandb_runs.run_id("other", {"a": 1, "b": 2.5}, 3),
+        wandb_runs.run_id("digits", {"a": 1, "b": 2}, 3),
+        wandb_runs.run_id("digits", {"a": 1, "b": 2.5}, 4),
     }
     assert len(others | {first}) == 4
     equal = [Trial(0, "one", 0, {"a": 1}), Trial(1, "two", 0, {"a": 1})]
-    assert len({run.id for run in tracking.plan_runs("digits", equal)}) == 2
-    long = tracking.plan_runs("digits", [Trial(0, "x" * 300, 12, {}), Trial(1, "x" * 301, 12, {})])
+    assert len({run.id for run in wandb_runs.plan_runs("digits", equal)}) == 2
+    long = wandb_runs.plan_runs("digits", [Trial(0, "x" * 300, 12, {}), Trial(1, "x" * 301, 12, {})])
     assert all(max(len(run.name), len(run.group)) <= 128 for run in long)
     assert long[0].name.endswith(", seed=12") and long[0].group != long[1].group
 
@@ -352,7 +355,7 @@ def test_offline_runs_are_written_once_per_id_and_again_where_the_table_changed(
     second = folders()
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 4, "the older run is still there"
     assert {name for name in first if first[name] != second[name]} == {
-        tracking.run_id("digits", trials[2].config, trials[2].seed)
+        wandb_runs.run_id("digits", trials[2].config, trials[2].seed)
     }
     rows = own_columns(read_offline(tmp_path)["fraction=1, seed=0"]["history"])
     assert rows == expected_history(changed, 2)
@@ -421,7 +424,7 @@ def test_the_command_writes_a_killed_run_and_wandb_sync_uploads_it(
     output(sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb"), cwd=tmp_path)
     assert len(server.runs) == 3
     for trial in trials[:3]:
-        name = tracking.run_id("digits", trial.config, trial.seed)
+        name = wandb_runs.run_id("digits", trial.config, trial.seed)
         assert own_columns(server.history(name)) == expected_history(table, trial.trial)
         assert server.runs[name]["groupName"] == trial.arm
         assert server.runs[name]["project"] == "paper" and server.runs[name]["exit"] == 0
@@ -480,7 +483,7 @@ def test_online_runs_hold_the_results_table(tmp_path: Path, server: Server, capf
     assert all(run["exit"] is None for run in server.runs.values())
     tracker.finish(table, summary)
     for trial in trials:
-        name = tracking.run_id("digits", trial.config, trial.seed)
+        name = wandb_runs.run_id("digits", trial.config, trial.seed)
         run, history = server.runs[name], expected_history(table, trial.trial)
         assert own_columns(server.history(name)) == history
         assert run["groupName"] == trial.arm and run["exit"] == 0
@@ -510,10 +513,11 @@ def train_and_be_killed(tmp_path: Path, trials: list[Trial], rows: pd.DataFrame)
     """A process that logs some rows online and is killed as soon as they are on their way."""
     script = f"""
         import json, os, pathlib, signal, time
-        from plastic_jax.report import tracking
+        from plastic_jax.report.tracker import Tracker
+        from plastic_jax.report.wandb_runs import Trial
         workdir = pathlib.Path({str(tmp_path)!r})
-        trials = [tracking.Trial(**trial) for trial in json.load(open(workdir / "trials"))]
-        tracker = tracking.Tracker("auto", workdir, "p", "digits", trials, print)
+        trials = [Trial(**trial) for trial in json.load(open(workdir / "trials"))]
+        tracker = Tracker("auto", workdir, "p", "digits", trials, print)
         tracker.log(json.load(open(workdir / "rows")))
         while not list(workdir.glob("wandb/run-*")):
             time.sleep(0.01)
@@ -522,7 +526,7 @@ def train_and_be_killed(tmp_path: Path, trials: list[Trial], rows: pd.DataFrame)
     (tmp_path / "trials").write_text(json.dumps([vars(trial) for trial in trials]))
     (tmp_path / "rows").write_text(rows.to_json(orient="records", double_precision=15))
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    root = Path(tracking.__file__).parents[2]
+    root = Path(tracking.__file__).parents[1]
     done = subprocess.run(command, cwd=root, timeout=60, stdout=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL
 
@@ -533,7 +537,7 @@ def test_a_killed_online_run_keeps_its_rows_and_goes_on(tmp_path: Path, server: 
     table = make_table(trials).round(6)
     train_and_be_killed(tmp_path, trials, table[table["step"] < 30])
     wait_for(lambda: [run["exit"] for run in server.runs.values()] == [1, 1])
-    names = [tracking.run_id("digits", trial.config, trial.seed) for trial in trials]
+    names = [wandb_runs.run_id("digits", trial.config, trial.seed) for trial in trials]
     for name, trial in zip(names, trials, strict=True):
         expected = [row for row in expected_history(table, trial.trial) if row["step"] < 30]
         assert own_columns(server.history(name)) == expected
@@ -548,7 +552,7 @@ def test_a_killed_online_run_keeps_its_rows_and_goes_on(tmp_path: Path, server: 
 
 def test_an_arm_of_many_seeds_goes_on(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seeds of an arm come one after another, so that the steps of its W&B run start over."""
-    monkeypatch.setattr(tracking, "MOST_TRIALS", 1)
+    monkeypatch.setattr(wandb_runs, "MOST_TRIALS", 1)
     trials = make_trials(arms=1)
     table = make_table(trials).round(6)
     for seed in (0, 1):  # each in a process of its own, as after a resume
@@ -667,7 +671,7 @@ def test_disabled_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_mode_is_found_without_importing_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mode(flag: str = "auto") -> str:
-        return tracking._choose_mode(flag, tmp_path)[0]
+        return tracker_module._choose_mode(flag, tmp_path)[0]
 
     assert mode() == mode("online") == "offline"
     (tmp_path / "home" / "netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")

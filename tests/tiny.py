@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from plastic_jax.data import Dataset, DatasetSpec
-from plastic_jax.results import rows, tables
+from plastic_jax.results import rows, settings
 from plastic_jax.study import plan, trial
 from plastic_jax.study.config import FIELDS, Sweep
 from plastic_jax.train.core import Core
@@ -94,11 +94,11 @@ def labelled(sweep: Sweep, fresh: dict[str, Any]) -> trial.Study:
     return trial.study(sweep, {"noise": SPEC}, fresh, {"noise": dataset().train_labels})
 
 
-def setting(of: trial.Study) -> tables.Setting:
+def setting(of: trial.Study) -> settings.Setting:
     """What the statistics need to know of a study."""
     arms = tuple({"arm": arm.arm, **arm.values} for arm in of.arms)
     fresh = {arm.arm: arm.fresh for arm in of.arms}
-    return tables.Setting(of.swept, arms, fresh, of.sweep.metric_epochs, of.sweep.equal_updates, of.sweep.eval_every)
+    return settings.Setting(of.swept, arms, fresh, of.sweep.metric_epochs, of.sweep.equal_updates, of.sweep.eval_every)
 
 
 def joined(studies: Sequence[trial.Study]) -> trial.Study:

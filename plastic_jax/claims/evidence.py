@@ -12,8 +12,8 @@ import pandas as pd
 
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
-from plastic_jax.results import rows, tables
-from plastic_jax.results.tables import TUNING, Setting
+from plastic_jax.results import pairing, rows, summaries
+from plastic_jax.results.settings import TUNING, Setting
 from plastic_jax.running import loading
 from plastic_jax.running.experiment import Experiment
 from plastic_jax.study import trial
@@ -37,16 +37,16 @@ class Evidence:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """`results.trial_metrics`, one row per trial."""
-        return tables.trial_metrics(self.table, self.setting)
+        return pairing.trial_metrics(self.table, self.setting)
 
     @cached_property
     def summary(self) -> dict[str, dict[str, Any]]:
         """`results.summary`, by the arm's name."""
-        return {row["arm"]: row for row in tables.summary(self.table, self.setting)}
+        return {row["arm"]: row for row in summaries.summary(self.table, self.setting)}
 
     def pairs(self, arm: str) -> pd.DataFrame:
         """`results.pairs` of an arm: columns arm, fresh, control; a row per seed of which both halves are sound."""
-        return tables.pairs(self.table, self.setting, self.metrics, arm)
+        return pairing.pairs(self.table, self.setting, self.metrics, arm)
 
     def fits(self, arm: str, stage: str = TUNING) -> pd.Series:
         """By seed: the accuracy on a stage's own train set at that stage's end, a fraction."""
@@ -58,7 +58,7 @@ class Evidence:
 
         They are equal where every epoch is evaluated; `high` is infinite where that accuracy was never seen.
         """
-        found = tables.epochs_to_accuracy(self.table[self.table["arm"] == arm], accuracy).set_index("seed")
+        found = pairing.epochs_to_accuracy(self.table[self.table["arm"] == arm], accuracy).set_index("seed")
         return pd.DataFrame({"low": found["before"] + 1, "high": found["epochs"].where(found["reached"], np.inf)})
 
 

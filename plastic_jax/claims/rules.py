@@ -60,58 +60,37 @@ every field, the claim's own levels too, has a value of the experiment's preset 
 falling learning rate. No MLP refutes a claim about a ResNet.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from plastic_jax.claims.evidence import Evidence
-from plastic_jax.results import inference
+from plastic_jax.claims.measures import (
+    EARLY,
+    FEW_MODULES,
+    MARGIN,
+    MODULES,
+    WARM,
+    Levels,
+    Measured,
+    Values,
+    early,
+    fits,
+    gaps,
+    halved,
+    recovery,
+    speed,
+    trend,
+)
 from plastic_jax.study.config import reset_modules
 
 ALPHA = 0.05  # of the whole table
-MARGIN = 0.005  # of accuracy: 0.5 points
 SPEED_MARGINS = (float(np.log(0.9)), float(np.log(1.1)))  # of the logarithm of the ratio of epochs
-SPEED_ACCURACY = 0.99
 POWER = 0.8
 GAP = 0.013  # the reference: ReScience 2021, ResNet-18 on CIFAR-10 with Adam, 80.3 -> 79.0
 LEFT = 0.25  # share of it that is left at x10, for the number of seeds
-MODULES = 6  # of the networks that figures 6 and 11 speak of
-FEW_MODULES = 2  # a "small subset" has at most so many
-EARLY = (5, 10)  # pretraining epochs
-
-Values = Mapping[str, Any]
-Levels = Mapping[Any, str]  # a claim's levels in order, and their arms
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One effect, a number a seed: `low` and `high` [n] bound it, and are equal where nothing is censored.
-
-    `control` [n]: the same against the fresh arm at equal updates, NaN where that was not trained.
-    """
-
-    label: str
-    low: np.ndarray
-    high: np.ndarray
-    control: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a claim is judged by.
-
-    `samples`: all of them within the claim's bounds support it. `steps`: one of them above 0 refutes it.
-    `conditions`: each with the bound that it must lie below, or nothing is decided. `note`: what is to be known.
-    """
-
-    samples: list[Sample]
-    steps: list[Sample] = field(default_factory=list)
-    conditions: list[tuple[Sample, float]] = field(default_factory=list)
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,109 +124,6 @@ class Claim:
     paper: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _label(evidence: Evidence, arm: str, fields: tuple[str, ...]) -> str:
-    values = {name: evidence.values[arm].get(name) for name in fields}
-    return ", ".join(f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items() if v is not None)
-
-
-def _sample(label: str, gaps: pd.DataFrame) -> Sample:
-    own = gaps["gap"].to_numpy()
-    return Sample(label, own, own, gaps["control"].to_numpy())
-
-
-def _gap_table(evidence: Evidence, arm: str) -> pd.DataFrame:
-    """By seed: `gap`, and `control`, the gap at equal updates."""
-    pairs = evidence.pairs(arm)
-    return pd.DataFrame({"gap": pairs["arm"] - pairs["fresh"], "control": pairs["arm"] - pairs["control"]})
-
-
-def _gaps(*fields: str) -> Callable[[Evidence, Levels], Measured]:
-    """A gap for each level."""
-
-    def measure(evidence: Evidence, levels: Levels) -> Measured:
-        return Measured([_sample(_label(evidence, a, fields), _gap_table(evidence, a)) for a in levels.values()])
-
-    return measure
-
-
-def _early(evidence: Evidence, levels: Levels) -> Measured:
-    """The gap after the longest early pretraining, on condition that this had not fitted its own data."""
-    latest = max(levels)
-    arm = levels[latest]
-    measured = _gaps(WARM)(evidence, {latest: arm})
-    short = (evidence.fits(arm, "pretraining").reindex(evidence.pairs(arm).index) - 1).to_numpy()
-    condition = Sample("train accuracy at the end of pretraining, minus 100 %", short, short)
-    return Measured(measured.samples, conditions=[(condition, -MARGIN)])
-
-
-def _fits(evidence: Evidence, levels: Levels) -> Measured:
-    """What the arm and its fresh arm lack to 100 % train accuracy."""
-    (arm,) = levels.values()
-    seeds, fresh = evidence.pairs(arm).index, evidence.setting.fresh[arm]
-    short = {label: (evidence.fits(a).reindex(seeds) - 1).to_numpy() for label, a in (("warm", arm), ("fresh", fresh))}
-    return Measured([Sample(label, values, values) for label, values in short.items()])
-
-
-def _trend(name: str, *, from_fresh: bool) -> Callable[[Evidence, Levels], Measured]:
-    """The trend of the gap over the levels, and its steps; `from_fresh`: the fresh arm, of gap 0, is the first."""
-
-    def measure(evidence: Evidence, levels: Levels) -> Measured:
-        tables = {str(level): _gap_table(evidence, arm) for level, arm in levels.items()}
-        if from_fresh:
-            first = next(iter(tables.values()))
-            tables = {"0": pd.DataFrame(0.0, first.index, first.columns), **tables}
-        names = list(tables)
-        joined = pd.concat(tables, axis=1, join="inner")
-        gaps, controls = (joined.xs(k, axis=1, level=1)[names].to_numpy() for k in ("gap", "control"))
-        whole = inference.trend(gaps)
-        steps = [
-            Sample(f"{name}={a} to {b}", gaps[:, k + 1] - gaps[:, k], gaps[:, k + 1] - gaps[:, k])
-            for k, (a, b) in enumerate(itertools.pairwise(names))
-        ]
-        label = f"{name}={', '.join(names)}"
-        return Measured([Sample(label, whole, whole, inference.trend(controls))], steps)
-
-    return measure
-
-
-def _recovery(evidence: Evidence, levels: Levels) -> Measured:
-    """The gap that is left after each reset, on condition that there is one without."""
-    measured = _gaps("reset")(evidence, {level: arm for level, arm in levels.items() if level})
-    if frozenset() not in levels:
-        empty = Sample("gap without a reset", np.zeros(0), np.zeros(0))
-        return Measured(measured.samples, conditions=[(empty, -MARGIN)], note="no arm without a reset")
-    plain = _sample("gap without a reset", _gap_table(evidence, levels[frozenset()]))
-    return Measured(measured.samples, conditions=[(plain, -MARGIN)])
-
-
-def _halved(evidence: Evidence, levels: Levels) -> Measured:
-    """The gap at x10 minus half of that at x1, on condition that there is one at x1."""
-    slow, fast = (_gap_table(evidence, levels[level]) for level in (1, 10))
-    left = (fast - slow / 2).dropna(subset="gap")
-    return Measured(
-        [_sample("gap at x10 - gap at x1 / 2", left)],
-        conditions=[(_sample("gap at x1", slow.loc[left.index]), 0.0)],
-    )
-
-
-def _speed(evidence: Evidence, levels: Levels) -> Measured:
-    """The logarithm of the ratio of epochs to 99 % train accuracy, arm to fresh, as bounds where it is censored."""
-    samples, never, between = [], 0, 0.0
-    for arm in levels.values():
-        seeds = evidence.pairs(arm).index
-        fresh, own = (evidence.epochs_to(one, SPEED_ACCURACY).loc[seeds] for one in (evidence.setting.fresh[arm], arm))
-        low, high = np.log(own["low"]) - np.log(fresh["high"]), np.log(own["high"]) - np.log(fresh["low"])
-        samples.append(Sample(_label(evidence, arm, ("reset",)), low.to_numpy(), high.to_numpy()))
-        for half in (own, fresh):
-            seen = np.isfinite(half["high"])
-            never += int((~seen).sum())
-            between = max(between, (half["high"] - half["low"])[seen].max())
-    notes = [f"{never} trials never saw 99 % train accuracy"] if never else []
-    if between > 0:
-        notes.append(f"epochs are known to {between + 1:g}, between two evaluations: --config.eval_every=1 tells them")
-    return Measured(samples, note="; ".join(notes))
-
-
 def _has_six(values: Values) -> bool:
     return values["model"] == "resnet" or values["depth"] + 1 == MODULES
 
@@ -268,8 +144,8 @@ def _rate(*factors: float) -> Callable[[Values], float | None]:
     return level
 
 
-WARM = "warm_start_epochs"
 LAST = frozenset({frozenset({3, 4, 5, 6}), frozenset({2, 3, 4, 5, 6})})  # the last 4, and the last 5
+
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -279,7 +155,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="pretrained below fresh",
         fields=(WARM, "optimizer"),
         level=lambda v: (v[WARM] or None) if v["optimizer"] == "adam" else None,
-        measure=_gaps(WARM),
+        measure=gaps(WARM),
         longest=True,
     ),
     Claim(
@@ -289,7 +165,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="pretrained and fresh both at 100 % train accuracy",
         fields=(WARM, "optimizer"),
         level=lambda v: (v[WARM] or None) if v["optimizer"] == "adam" else None,
-        measure=_fits,
+        measure=fits,
         bounds=(-MARGIN, MARGIN),
         distance=0.0,
         longest=True,
@@ -302,7 +178,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="a gap already after 5-10 epochs with Adam, before train accuracy is 100 %",
         fields=(WARM, "optimizer"),
         level=lambda v: v[WARM] if v["optimizer"] == "adam" and EARLY[0] <= (v[WARM] or 0) <= EARLY[1] else None,
-        measure=_early,
+        measure=early,
     ),
     Claim(
         name="every-optimiser",
@@ -311,7 +187,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="pretrained below fresh with each of the four optimisers",
         fields=(WARM, "optimizer"),
         level=lambda v: v["optimizer"] if v[WARM] else None,
-        measure=_gaps("optimizer", WARM),
+        measure=gaps("optimizer", WARM),
         fewest=2,
         needs=frozenset({"adam", "rmsprop", "sgd", "momentum"}),
         longest=True,
@@ -323,7 +199,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="a gap for every gamma of a smooth transition",
         fields=("gamma", "transition", WARM),
         level=lambda v: v["gamma"] if v["transition"] == "smooth" and v["gamma"] else None,
-        measure=_gaps("gamma"),
+        measure=gaps("gamma"),
         fewest=2,
     ),
     Claim(
@@ -333,7 +209,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="test accuracy falls monotonically with the number of pretraining stages",
         fields=("pretraining_stages", "uniform_fraction"),
         level=lambda v: v["pretraining_stages"] or None if v.get("uniform_fraction") in (None, 1.0) else None,
-        measure=_trend("pretraining_stages", from_fresh=True),
+        measure=trend("pretraining_stages", from_fresh=True),
         fewest=2,
     ),
     Claim(
@@ -343,7 +219,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="the smaller the uniform fraction r, the larger the gap",
         fields=("uniform_fraction",),
         level=lambda v: v.get("uniform_fraction") if v["pretraining_stages"] else None,
-        measure=_trend("uniform_fraction", from_fresh=False),
+        measure=trend("uniform_fraction", from_fresh=False),
         fewest=3,
         falls=True,
     ),
@@ -354,7 +230,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="a gap at every depth and width",
         fields=("depth", "width", WARM),
         level=lambda v: (v["depth"], v["width"]) if v[WARM] else None,
-        measure=_gaps("depth", "width"),
+        measure=gaps("depth", "width"),
         fewest=2,
         longest=True,
     ),
@@ -365,7 +241,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="resetting the last 4 or 5 of 6 modules recovers the fresh accuracy",
         fields=("reset", WARM),
         level=_reset_level(lambda m: not m or m in LAST),
-        measure=_recovery,
+        measure=recovery,
         bounds=(-MARGIN, MARGIN),
         distance=0.0,
         needs=LAST,
@@ -378,7 +254,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="resetting one or two modules, the head alone included, does not recover it",
         fields=("reset", WARM),
         level=_reset_level(lambda m: len(m) <= FEW_MODULES),
-        measure=_recovery,
+        measure=recovery,
         bounds=(-np.inf, -MARGIN),
         distance=GAP - MARGIN,
         needs=frozenset({frozenset({MODULES})}),
@@ -393,7 +269,7 @@ CLAIMS: tuple[Claim, ...] = (
         level=lambda v: (
             v["tuning_learning_rate_factor"] if v["tuning_learning_rate_factor"] in (1, 10) and v[WARM] else None
         ),
-        measure=_halved,
+        measure=halved,
         bounds=(0.0, np.inf),
         distance=GAP * (0.5 - LEFT),
         fewest=2,
@@ -409,7 +285,7 @@ CLAIMS: tuple[Claim, ...] = (
         level=lambda v: (
             v["tuning_learning_rate_factor"] if v["tuning_learning_rate_factor"] == 10 and v[WARM] else None
         ),
-        measure=_gaps("tuning_learning_rate_factor"),
+        measure=gaps("tuning_learning_rate_factor"),
         distance=GAP * LEFT,
         longest=True,
         paper={"schedule": "constant"},
@@ -421,7 +297,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="keeping modules 1 or 1-2 and resetting the rest gains no speed to 99 % train accuracy",
         fields=("reset", WARM),
         level=_reset_level(lambda m: m in LAST),
-        measure=_speed,
+        measure=speed,
         bounds=SPEED_MARGINS,
         distance=0.0,
         longest=True,
@@ -434,7 +310,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="online, warm below fresh",
         fields=("intervention",),
         level=lambda v: "none" if v["intervention"] in (None, "none") else None,
-        measure=_gaps("intervention"),
+        measure=gaps("intervention"),
         source="A&A",
     ),
 )

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from plastic_jax.claims.evidence import Evidence
-from plastic_jax.claims.rules import ALPHA, CLAIMS, POWER, Claim, Levels, Measured, Sample
+from plastic_jax.claims.measures import Levels, Measured, Sample
+from plastic_jax.claims.rules import ALPHA, CLAIMS, POWER, Claim
 from plastic_jax.errors import InputError
 from plastic_jax.results import inference
-from plastic_jax.results.tables import LEAST_PAIRS_T, t_interval
+from plastic_jax.results.estimates import t_interval
+from plastic_jax.results.settings import LEAST_PAIRS_T
 
 REFUTED, SUPPORTED, UNDECIDED, NOT_FITTED = "refuted", "supported", "undecided", "not fitted"
 ORDER = (REFUTED, SUPPORTED, UNDECIDED, NOT_FITTED)

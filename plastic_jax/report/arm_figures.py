@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from plastic_jax.report.figures import (
+from plastic_jax.report.style import (
     COLOURS,
     GREY,
     MARKERS,
@@ -22,8 +22,8 @@ from plastic_jax.report.figures import (
     value_text,
     value_ticks,
 )
-from plastic_jax.results import tables
-from plastic_jax.results.tables import CONTINUED, TUNING, Setting
+from plastic_jax.results import estimates, pairing
+from plastic_jax.results.settings import CONTINUED, TUNING, Setting
 
 if TYPE_CHECKING:  # matplotlib is imported where it is used
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ class Panel:
 def _estimate(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and how far its 95 % t interval reaches below and above, in percent."""
     mean = 100 * float(values.mean())
-    low, high = tables.t_interval(values) or (values.mean(),) * 2
+    low, high = estimates.t_interval(values) or (values.mean(),) * 2
     return mean, mean - 100 * low, 100 * high - mean
 
 
@@ -63,7 +63,7 @@ def accuracy_against(table: pd.DataFrame, setting: Setting, panels: Sequence[Pan
     """
     from matplotlib.figure import Figure as Canvas
 
-    metrics = tables.trial_metrics(table, setting)
+    metrics = pairing.trial_metrics(table, setting)
     sound = metrics[metrics["finished"] & ~metrics["diverged"]]
     samples = {name: rows["test_accuracy"].to_numpy() for name, rows in sound.groupby("arm")}
     with plain_style():
@@ -186,7 +186,7 @@ def reset_gaps(
     compared = {row["reset"]: row for row in own if row["gap"] is not None}
     grouped = {"none", *(name for sets in groups.values() for name in sets)}
     groups = {**groups, "other modules reset": [name for name in compared if name not in grouped]}
-    metrics = tables.trial_metrics(table, setting)
+    metrics = pairing.trial_metrics(table, setting)
     shown = {name: [s for s in sets if s in compared] for name, sets in groups.items()}
     shown = {name: sets for name, sets in shown.items() if sets} or {"": []}
     with plain_style():
@@ -201,7 +201,7 @@ def reset_gaps(
             one.axhline(0, color="black", lw=1, zorder=1)
             for at, modules in enumerate(sets):
                 row = compared[modules]
-                paired = tables.pairs(table, setting, metrics, row["arm"])
+                paired = pairing.pairs(table, setting, metrics, row["arm"])
                 gaps = 100 * (paired["arm"] - paired["fresh"])
                 one.scatter([at - 0.18] * len(gaps), gaps, s=8, lw=0, color=COLOURS[0], alpha=0.35)
                 crossed = row["verdict"] in (None, "not fitted")
@@ -249,7 +249,7 @@ def training_speed(table: pd.DataFrame, setting: Setting, resets: Sequence[str],
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
 
-    found = tables.epochs_to_accuracy(table, REACHED)
+    found = pairing.epochs_to_accuracy(table, REACHED)
     fresh = next((arm["arm"] for arm in setting.arms if setting.is_fresh(arm["arm"])), None)
     by_reset = {arm.get("reset"): arm["arm"] for arm in setting.arms if not setting.is_fresh(arm["arm"])}
     wanted = {"fresh": fresh, **{name: by_reset[name] for name in [*resets, "none"] if name in by_reset}}
@@ -268,7 +268,7 @@ def training_speed(table: pd.DataFrame, setting: Setting, resets: Sequence[str],
                 continue
             censored |= not own["reached"].all()
             median = own["epochs"].median()
-            interval = tables.median_interval(own["epochs"].to_numpy())
+            interval = estimates.median_interval(own["epochs"].to_numpy())
             intervals |= interval is not None
             low, high = interval or (median, median)
             most = own.loc[~own["reached"], "epochs"].min()

@@ -4,99 +4,35 @@ They go through matplotlib's object interface (no pyplot, no user style) into PN
 depend on the data alone. Colours are those of Okabe & Ito, told apart by colour-blind readers.
 """
 
-import contextlib
-import io
 import itertools
-import math
-import os
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from plastic_jax.results import tables
-from plastic_jax.results.tables import CONTINUED, TUNING, Setting
+from plastic_jax.results import estimates, pairing, settings
+from plastic_jax.results.settings import CONTINUED, TUNING, Setting
 
 if TYPE_CHECKING:  # matplotlib and jinja2 are imported where they are used
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-WARM_START = "warm_start_epochs"
-GREY = "#666666"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "figure.dpi": 160,
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure drawn into WORKDIR/figures/NAME.png."""
-
-    name: str
-    caption: str
-    path: Path
-
-
-@contextlib.contextmanager
-def plain_style() -> Iterator[None]:
-    """Matplotlib's defaults and ours, whatever the user's are."""
-    from matplotlib import style
-
-    with style.context(["default", _STYLE]):
-        yield
-
-
-def save_figure(canvas: "Canvas", workdir: str | os.PathLike[str], name: str, caption: str) -> Figure:
-    """Draw a matplotlib figure into WORKDIR/figures/NAME.png; equal figures give equal bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    with plain_style():
-        FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None})
-    path = Path(workdir) / "figures" / f"{name}.png"
-    tables.replace_file(path, buffer.getvalue())
-    return Figure(name, caption, path)
-
-
-def value_text(value: Any) -> str:
-    """A swept value as text; '-' where the field has no effect."""
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def combination(arm: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """An arm's values of some swept fields, in words; fields without effect on it are left out."""
-    return ", ".join(f"{field}={value_text(arm[field])}" for field in fields if arm[field] is not None)
-
-
-def longest(setting: Setting) -> list[dict[str, Any]]:
-    """The compared arms with the longest warm start, one per combination of the other fields.
-
-    All compared arms where the warm-start length is not swept.
-    """
-    compared = [arm for arm in setting.arms if not setting.is_fresh(arm["arm"])]
-    if WARM_START not in setting.swept:
-        return compared
-    most = max((arm[WARM_START] or 0 for arm in compared), default=0)
-    return [arm for arm in compared if (arm[WARM_START] or 0) == most]
+from plastic_jax.report.style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    WARM_START,
+    combination,
+    is_number,
+    longest,
+    nothing,
+    places,
+    plain_style,
+    slot_width,
+    title_of,
+    value_text,
+    value_ticks,
+)
 
 
 def _arm_label(arm: dict[str, Any], setting: Setting) -> str:
@@ -125,7 +61,7 @@ def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str 
     by_name = {one["arm"]: one for one in setting.arms}
     shown = by_name[arm] if arm is not None else (longest(setting) or setting.arms)[0]
     fresh = by_name[setting.fresh[shown["arm"]]]
-    metrics = tables.trial_metrics(table, setting)
+    metrics = pairing.trial_metrics(table, setting)
     sound = metrics[metrics["finished"] & ~metrics["diverged"]]
     heading = title
     if WARM_START in setting.swept:
@@ -161,19 +97,9 @@ def accuracy_curves(table: pd.DataFrame, setting: Setting, title: str, arm: str 
         curves.set_xlabel("passes over the training data since tuning began")
         curves.set_ylabel("accuracy, %")
         curves.margins(x=0.01)
-        _draw_pairs(dots, tables.pairs(table, setting, metrics, shown["arm"]), setting)
+        _draw_pairs(dots, pairing.pairs(table, setting, metrics, shown["arm"]), setting)
         canvas.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return canvas
-
-
-def title_of(title: str, numbers: Sequence[int], what: str, columns: int, shown: str = "") -> str:
-    """A title wrapped to `columns` letters, then how many seeds there are and what of them (`shown`)."""
-    few, many = min(numbers, default=0), max(numbers, default=0)
-    shown = shown or ("mean and 95 % interval" if many >= tables.LEAST_PAIRS_T else "mean")
-    seeds = f"{few}" if few == many else f"{few}-{many}"
-    what += "s" * (many != 1)
-    wrapped = [part for line in title.splitlines() for part in textwrap.wrap(line, columns)]
-    return "\n".join([*wrapped, f"{seeds} {what}; {shown}"])
 
 
 def _aligned(table: pd.DataFrame, trials: pd.Series) -> pd.DataFrame:
@@ -200,8 +126,8 @@ def _draw_arm(axes: "Axes", rows: pd.DataFrame, colour: str) -> None:
         look |= {"marker": "o", "ms": 3} if len(x) < 4 else {}
         axes.plot(x, 100 * points["train_accuracy"].mean(), lw=1, ls="--", zorder=2, **look)
         axes.plot(x, 100 * points["test_accuracy"].mean(), zorder=3, **look)
-        bands = [tables.t_interval(values.to_numpy()) for _, values in points["test_accuracy"]]
-        if trials >= tables.LEAST_PAIRS_T:
+        bands = [estimates.t_interval(values.to_numpy()) for _, values in points["test_accuracy"]]
+        if trials >= settings.LEAST_PAIRS_T:
             low, high = 100 * np.array(bands, dtype=float).T
             axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
 
@@ -219,7 +145,7 @@ def _draw_pairs(axes: "Axes", paired: pd.DataFrame, setting: Setting) -> None:
         if not len(sample):
             continue
         mean = sample.mean()
-        low, high = tables.t_interval(sample) or (mean, mean)
+        low, high = estimates.t_interval(sample) or (mean, mean)
         colour = COLOURS[column == "arm"]
         look: dict[str, Any] = {"color": colour, "mfc": "white" if column == "control" else colour}
         bars = [[mean - low], [high - mean]]
@@ -267,11 +193,11 @@ def gap_curve(
     colours = dict(zip(dict.fromkeys(key[:depth] for key in lines), itertools.cycle(COLOURS), strict=False))
     values = [row[x] for row in compared]
     place, logarithmic = places(values)
-    joined = "-" if all(map(_is_number, values)) else ""  # nothing to join between names
+    joined = "-" if all(map(is_number, values)) else ""  # nothing to join between names
     slot = slot_width(place, len(lines))
     controlled = any(row["gap_equal_updates"] is not None for row in compared)
     crowded = len(lines) > 2
-    metrics = tables.trial_metrics(table, setting)
+    metrics = pairing.trial_metrics(table, setting)
     with plain_style():
         panels = 2 if crowded and controlled else 1
         canvas = Canvas(figsize=(7.5 if panels == 1 else 11, 4.8), layout="constrained")
@@ -290,7 +216,7 @@ def gap_curve(
                 _draw_gaps(axes[-1], at + beside, rows, column, alpha, 2 * joined, **look)
             for center, row in zip(at, rows, strict=True):
                 if not crowded:
-                    paired = tables.pairs(table, setting, metrics, row["arm"])
+                    paired = pairing.pairs(table, setting, metrics, row["arm"])
                     gaps = 100 * (paired["arm"] - paired["fresh"])
                     dots = [center - 0.25 * slot] * len(gaps)
                     axes[0].scatter(dots, gaps, s=8, lw=0, color=look["color"], alpha=0.35)
@@ -326,54 +252,6 @@ def gap_curve(
         columns = max(1, min(len(handles), 4 * panels, 110 * panels // (longest_label + 8)))
         canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
     return canvas
-
-
-def nothing(axes: "Axes", why: str) -> None:
-    """Say in an empty panel why it is empty."""
-    axes.text(0.5, 0.93, why, transform=axes.transAxes, ha="center", color=GREY)
-
-
-def on_axis(setting: Setting, *fields: str) -> str:
-    """The first of `fields` that is swept, else the number of pretraining epochs."""
-    return next((name for name in fields if name in setting.swept), WARM_START)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def places(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
-    """Where each value stands on the axis, and whether that is a log scale."""
-    if not all(map(_is_number, values)):
-        return {value: float(at) for at, value in enumerate(dict.fromkeys(values))}, False
-    positive = [value for value in values if value > 0]
-    if min(values, default=0) < 0 or not positive or max(positive) <= 20 * min(positive):
-        return {value: float(value) for value in sorted(values)}, False
-    first = math.log10(min(positive))
-    return {v: math.log10(v) if v > 0 else first - 0.5 for v in sorted(values)}, True
-
-
-def slot_width(place: dict[Any, float], lines: int) -> float:
-    """Room for one of `lines` at a value, in axis units: a share of the room between values."""
-    at = sorted(place.values())
-    width = at[-1] - at[0] if len(at) > 1 else 1.0
-    return min(0.03 * width, 0.65 * min(np.diff(at), default=width) / max(lines, 1))
-
-
-def value_ticks(axes: "Axes", place: dict[Any, float], beside: float = 0.0) -> None:
-    """A tick at each value, and a label where the one before it leaves room; lines reach `beside` either side of it."""
-    low, high = min(place.values(), default=0.0), max(place.values(), default=0.0)
-    width = (high - low) or 1.0
-    labels: list[str] = []
-    last = -math.inf
-    for value, at in place.items():
-        room = at - last >= 0.055 * width
-        labels.append(value_text(value) if room else "")
-        last = at if room else last
-    axes.set_xticks(list(place.values()), labels)
-    axes.set_xlim(low - 0.06 * width - beside, high + 0.06 * width + beside)
-    if max(map(len, labels), default=0) > 8:
-        axes.tick_params(axis="x", labelrotation=30)
 
 
 def _draw_gaps(

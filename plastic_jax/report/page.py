@@ -7,18 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plastic_jax.report.figures import (
-    WARM_START,
-    Figure,
-    accuracy_curves,
-    combination,
-    gap_curve,
-    longest,
-    save_figure,
-    value_text,
-)
-from plastic_jax.results import tables
-from plastic_jax.results.tables import Setting
+from plastic_jax import files
+from plastic_jax.report.figures import accuracy_curves, gap_curve
+from plastic_jax.report.style import WARM_START, Figure, combination, longest, save_figure, value_text
+from plastic_jax.results import settings
+from plastic_jax.results.settings import Setting
 
 __all__ = [
     "Figure",
@@ -188,99 +181,7 @@ def terminal_table(summary: Sequence[dict[str, Any]], setting: Setting) -> str:
     return "\n".join(lines).replace("\N{MINUS SIGN}", "-") + "\n"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #1b1f24; --soft: #5b6570; --line: #dde1e6; --mark: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 64rem; color: var(--ink);
-  background: #fff; font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.result { border-left: 4px solid var(--mark); background: #f2f7fb; padding: .8rem 1rem; }
-.result p { margin: .4rem 0; font-size: 1.08rem; }
-.soft, figcaption { color: var(--soft); font-size: .92rem; }
-figure { margin: 1.2rem 0; }
-img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-.gaps { min-width: 100%; }
-th, td { padding: .32rem .4rem; text-align: right; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-td { white-space: nowrap; }
-.left { text-align: left; }
-tr.fresh { background: #f6f7f8; }
-td.worse { color: #b34700; font-weight: 600; }
-td.better { color: #00684a; font-weight: 600; }
-code, pre { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
-pre { background: #f6f7f8; padding: .7rem .9rem; overflow-x: auto; border-radius: 4px; }
-.pairs { columns: 20rem; column-gap: 2rem; }
-.pairs div { display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid;
-  border-bottom: 1px solid var(--line); font-size: .86rem; padding: .12rem 0; }
-.pairs span:last-child { text-align: right; overflow-wrap: anywhere; }
-.pairs span:first-child { color: var(--soft); }
-@media print { body { max-width: none; } }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<div class="result">
-{% for sentence in headlines %}<p>{{ sentence }}</p>
-{% endfor %}</div>
-{% if notes %}<h2>Notes</h2>
-<ul>
-{% for note in notes %}<li>{{ note }}</li>
-{% endfor %}</ul>
-{% endif %}<h2>How to read this</h2>
-<p>A <em>trial</em> is one training run; an <em>arm</em> is one setting over all its seeds, and the
-<em>fresh</em> arm is the one trained from scratch. The <em>generalisation gap</em> of an arm is its
-test accuracy minus that of its fresh arm, paired by seed, in percentage points: below zero,
-{{ "pretraining" if warm else "the arm" }} generalises worse. Test accuracy is the mean over
-{% if epochs > 1 %}the last {{ epochs }} epochs{% else %}the last epoch{% endif %} of the tuning
-stage. Intervals are 95 % paired t intervals over seeds{% if bootstrap %}, with a percentile
-bootstrap beside them{% endif %}.</p>
-<p>A gap counts only between networks that fit their data: <em>fit</em> is the accuracy on the
-training data at the end of tuning, and below {{ fitted }} % in either arm the verdict is
-&ldquo;not fitted&rdquo;.{% if controlled %} <em>At equal updates</em>, the fresh arm is the one
-trained on to the same total number of updates as the arm: what remains there is not a matter of
-training time.{% endif %} A pair of which either half diverged leaves the gap; an arm with more than
-a tenth of its trials diverged, or fewer than {{ least }} pairs, gets no verdict.</p>
-{% if figures %}<h2>Figures</h2>
-{% for figure in figures %}<figure>
-<img src="data:image/png;base64,{{ figure.data }}" alt="{{ figure.caption }}">
-<figcaption>{{ figure.caption }}</figcaption>
-</figure>
-{% endfor %}{% endif %}<h2>Gaps</h2>
-<div class="wide"><table class="gaps">
-<thead><tr>{% for name in columns %}<th{% if name in left %} class="left"{% endif %}>
-{{- name.replace("_", " ").replace(" %", "\u00a0%") }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}<tr{% if row.verdict == "fresh" %} class="fresh"{% endif %}>
-{%- for name, cell in row.items() %}<td class="{{ "left" if name in left }}
-{{- " " + cell if name == "verdict" and cell in ("worse", "better") }}">{{ cell }}</td>{% endfor %}
-</tr>
-{% endfor %}</tbody>
-</table></div>
-<p class="soft">Accuracies in percent, gaps in percentage points.</p>
-{% if missed %}<p class="soft">{{ missed }}.</p>
-{% endif %}<h2>Command</h2>
-<pre>{{ command }}</pre>
-<p class="soft">Device: {{ device }}</p>
-<h2>Config</h2>
-<div class="pairs">
-{% for name, value in config.items() %}<div><span>{{ name }}</span><span>{{ value }}</span></div>
-{% endfor %}</div>
-<h2>Versions</h2>
-<div class="pairs">
-{% for name, value in versions.items() %}<div><span>{{ name }}</span><span>{{ value }}</span></div>
-{% endfor %}</div>
-</body>
-</html>
-"""
+_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(
@@ -308,14 +209,14 @@ def page(
     rows = zip(*(columns[name] for name in names), strict=True)
     text = {n for n in names if any(isinstance(row.get(n), str) for row in summary)} | {"verdict"}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    content = environment.from_string(_PAGE).render(
+    content = environment.from_string(_TEMPLATE.read_text()).render(
         title=title,
         headlines=headlines(summary, setting),
         notes=notes,
         warm=WARM_START in setting.swept,
         epochs=setting.metric_epochs,
-        fitted=f"{100 * tables.FITTED:g}",
-        least=tables.LEAST_PAIRS_T,
+        fitted=f"{100 * settings.FITTED:g}",
+        least=settings.LEAST_PAIRS_T,
         bootstrap="bootstrap [95 %]" in columns,
         controlled="at equal updates [95 %]" in columns,
         missed=not_reached(summary),
@@ -329,7 +230,7 @@ def page(
         versions=_flat(versions),
     )
     path = Path(workdir) / "report.html"
-    tables.replace_file(path, content.encode())
+    files.replace_file(path, content.encode())
     return path
 
 

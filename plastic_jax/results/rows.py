@@ -5,7 +5,7 @@ from typing import Any
 
 from plastic_jax.fields import Column
 from plastic_jax.methods.diagnostics import DIAGNOSTICS
-from plastic_jax.results.tables import Setting
+from plastic_jax.results.settings import Setting
 from plastic_jax.study.config import diagnostics_named
 from plastic_jax.study.plan import Node, ProgramPlan
 from plastic_jax.study.trial import Study

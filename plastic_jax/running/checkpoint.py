@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plastic_jax.errors import InputError
-from plastic_jax.results.tables import replace_file
+from plastic_jax.files import replace_file
 
 Tree = Any
 KEPT = 2  # the newest may turn out damaged

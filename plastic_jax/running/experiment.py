@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from plastic_jax.report import figures
-from plastic_jax.results.tables import Setting
+from plastic_jax.results.settings import Setting
 
 Drawing = tuple[str, str, Any]  # name, caption, matplotlib figure
 Table: TypeAlias = pd.DataFrame

@@ -13,7 +13,7 @@ import jax
 
 from plastic_jax import backend, data
 from plastic_jax.errors import InputError
-from plastic_jax.report import tracking
+from plastic_jax.report import wandb_runs
 from plastic_jax.running import manifest, workdir
 from plastic_jax.running.dry_run import describe, table_of
 from plastic_jax.running.experiment import Experiment
@@ -87,8 +87,8 @@ load_plugins = plugins.load
 def run_experiment(of: Experiment, sweep: Sweep, options: Options, say: Callable[[str], None]) -> Run | None:
     """As `run`, of a checked sweep."""
     backend.prepare()
-    if options.wandb not in tracking.MODES:
-        raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(tracking.MODES)}.")
+    if options.wandb not in wandb_runs.MODES:
+        raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(wandb_runs.MODES)}.")
     specs = {name: data.spec(name, options.data_dir) for name in sweep.values["dataset"]}
     study = trial.study(sweep, specs, of.fresh)
     for sentence in trial.without_effect(study):

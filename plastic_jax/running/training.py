@@ -14,8 +14,9 @@ import pandas as pd
 
 from plastic_jax.data import Dataset
 from plastic_jax.errors import InputError
-from plastic_jax.report import figures, page, tracking
-from plastic_jax.results import rows, tables
+from plastic_jax.report import page, style, wandb_runs
+from plastic_jax.report.tracker import Tracker
+from plastic_jax.results import rows, summaries, tables
 from plastic_jax.running import manifest, workdir
 from plastic_jax.running.checkpoint import Checkpoints
 from plastic_jax.running.experiment import Experiment
@@ -78,9 +79,9 @@ class Training:
         parts = ", ".join(f"{name} {seconds:.1f} s ({seconds / whole:.1%})" for name, seconds in self.spent.items())
         self.say(f"Time:    {whole:.0f} s; of that {parts}.")
 
-    def _tracker(self) -> tracking.Tracker:
-        trials = [tracking.Trial(**t) for t in self.config["trials"]]
-        return tracking.Tracker(self.options.wandb, self.path, tracking.PROJECT, self.of.name, trials, self.say)
+    def _tracker(self) -> Tracker:
+        trials = [wandb_runs.Trial(**t) for t in self.config["trials"]]
+        return Tracker(self.options.wandb, self.path, wandb_runs.PROJECT, self.of.name, trials, self.say)
 
     def _catch(self) -> None:
         def asked(number: int, _: Any) -> None:
@@ -91,7 +92,7 @@ class Training:
         for number in (signal.SIGINT, signal.SIGTERM):
             _set_signal(number, asked)
 
-    def _train(self, checkpoints: Checkpoints, tracker: tracking.Tracker, going_on: bool) -> None:
+    def _train(self, checkpoints: Checkpoints, tracker: Tracker, going_on: bool) -> None:
         from tqdm import tqdm
 
         found = checkpoints.restore(self.say)
@@ -148,7 +149,7 @@ class Training:
         checkpoints.wait()
 
     def _train_program(
-        self, live: ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: tracking.Tracker
+        self, live: ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: Tracker
     ) -> None:
         saved = time.monotonic()
         while live.step():
@@ -201,14 +202,14 @@ class Training:
         measured = [column.name for column in rows.diagnostics(self.study)]
         tables.write(table, self.path / "results.parquet", self.study.swept, measured)
 
-    def _report(self, tracker: tracking.Tracker) -> None:
+    def _report(self, tracker: Tracker) -> None:
         begin = time.monotonic()
         table = tables.read(self.path / "results.parquet")
         setting = rows.setting(self.study)
-        summary = tables.summary(table, setting)
+        summary = summaries.summary(table, setting)
         workdir.write_json(self.path / "summary.json", summary)
         drawn = [
-            figures.save_figure(figure, self.path, name, caption)
+            style.save_figure(figure, self.path, name, caption)
             for name, caption, figure in self.of.draw(table, summary, setting, self._subtitle())
         ]
         written = page.page(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plastic_jax.errors import InputError
-from plastic_jax.results.tables import replace_file
+from plastic_jax.files import replace_file
 from plastic_jax.running import manifest
 from plastic_jax.running.checkpoint import Checkpoints
 from plastic_jax.study.config import Sweep

@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plastic_jax.data import Dataset
+from plastic_jax.files import replace_file
 from plastic_jax.kernels import Form
-from plastic_jax.results.tables import replace_file
 from plastic_jax.study.config import Config
 from plastic_jax.study.plan import Node, ProgramPlan
 from plastic_jax.train import core, inputs, trial_axis
