@@ -1,4 +1,4 @@
-"""The contracts of a run, each with the equality that it names (README, Contracts)."""
+"""The contracts of a run, each with the equality that it names (docs/contracts.md)."""
 
 import jax
 import jax.numpy as jnp

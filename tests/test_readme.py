@@ -1,7 +1,10 @@
-"""README and the lock file say what is there: commands, flags, modules, links, versions."""
+"""README, docs and the lock file say what is there: commands, flags, modules, links, versions."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,18 +14,20 @@ from packaging.utils import canonicalize_name
 
 from experiments import throughput
 from plastic_jax.errors import InputError
-from plastic_jax.running import flags_table
+from plastic_jax.running import cli, flags_table
 from plastic_jax.study.config import FIELDS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, ARCHITECTURE, CONFIG = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/architecture.md", "docs/config.md")
+)
 PACKAGE = ROOT / "plastic_jax"
 DOORS = ("data", "kernels", "models", "methods/optimisers", "methods/diagnostics", "methods/interventions")
-DOCUMENTS = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS = sorted(str(f.relative_to(ROOT)) for f in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_table_of_flags_is_the_configs():
-    assert flags_table.rewritten(README) == README, "run: python -m plastic_jax.running.flags_table"
+    assert flags_table.rewritten(CONFIG) == CONFIG, "run: python -m plastic_jax.running.flags_table"
 
 
 def test_the_table_has_a_row_of_five_cells_for_each_field():
@@ -46,9 +51,9 @@ def test_the_commands_stand_as_they_are_run():
 
 
 def test_every_flag_is_explained():
-    flags = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (PACKAGE / "running" / "cli.py").read_text())
-    assert "dry_run" in flags
-    assert [flag for flag in flags if f"`--{flag}" not in README] == []
+    text = "".join((ROOT / name).read_text() for name in DOCUMENTS)
+    assert "dry_run" in cli.OWN
+    assert [flag for flag in cli.OWN if f"`--{flag}" not in text] == []
 
 
 def test_named_fields_exist():
@@ -72,8 +77,9 @@ def test_every_relative_link_leads_somewhere(name):
         if re.match(r"[a-z]+:", link):
             continue
         file, _, anchor = link.partition("#")
-        assert not file or (ROOT / file).exists(), link
-        assert not anchor or anchor in anchors((ROOT / file).read_text() if file else text), link
+        here = (ROOT / name).parent / file
+        assert not file or here.exists(), link
+        assert not anchor or anchor in anchors(here.read_text() if file else text), link
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -82,7 +88,7 @@ def test_no_number_is_left_open(name):
 
 
 def imports(file: Path) -> set[str]:
-    """The project's modules that a file imports, wherever in it, as README names them: `data/__init__`."""
+    """The project's modules that a file imports, wherever in it, as the table names them: `data/__init__`."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -96,8 +102,8 @@ def imports(file: Path) -> set[str]:
 
 
 def test_architecture_names_every_module_and_imports_run_one_way():
-    """Each module imports only modules that stand above it in README's table."""
-    table = README.partition("| module |")[2].partition("\n\n")[0]
+    """Each module imports only modules that stand above it in the table of docs/architecture.md."""
+    table = ARCHITECTURE.partition("| module |")[2].partition("\n\n")[0]
     listed = re.findall(r"^\| `([\w/]+)\.py` \|", table, re.MULTILINE)
     files = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in PACKAGE.rglob("*.py")}
     files = {name: file for name, file in files.items() if file.stem != "__init__" or str(Path(name).parent) in DOORS}
@@ -118,3 +124,20 @@ def test_the_lock_file_holds_every_dependency_and_no_address():
     for requirement in map(Requirement, [*project["dependencies"], *extras["test"], *extras["dev"]]):
         name = canonicalize_name(requirement.name)
         assert name == "plastic-jax" or requirement.specifier.contains(locked[name]), requirement
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if "<!-- run -->" in (ROOT / name).read_text()])
+def test_examples_run_as_they_stand(name, tmp_path):
+    """The blocks marked `run` of a document, one after another, in a process of their own."""
+    blocks = re.findall(r"^<!-- run -->\n```python\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    (tmp_path / "example.py").write_text("\n".join(blocks))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_example_is_written_somewhere():
+    assert "<!-- run -->" in (ROOT / "CONTRIBUTING.md").read_text()

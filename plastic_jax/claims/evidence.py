@@ -14,7 +14,7 @@ from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
 from plastic_jax.results import pairing, rows, summaries
 from plastic_jax.results.settings import TUNING, Setting
-from plastic_jax.running import loading
+from plastic_jax.running import loading, manifest
 from plastic_jax.running.experiment import Experiment
 from plastic_jax.study import trial
 from plastic_jax.study.config import FIELDS, Sweep, canonical
@@ -83,7 +83,7 @@ def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None])
     if (experiment := find(str(name))) is None:
         raise InputError(f"{run.path} is of an unknown experiment, {name!r}: there is no experiments.{name}.")
     try:
-        study = trial.study(Sweep.of(config), specs, experiment.fresh)
+        study = trial.study(Sweep.of(manifest.translated(config)), specs, experiment.fresh)
     except (InputError, KeyError) as error:
         raise InputError(f"{run.path / 'config.json'} is no run's of this version: {error}") from None
     found = Evidence(

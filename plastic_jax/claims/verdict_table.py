@@ -72,7 +72,7 @@ def terminal(verdicts: dict[str, Any]) -> str:
 
 
 def markdown(verdicts: dict[str, Any]) -> str:
-    """The same in Markdown, with each claim's own words; to be read with README's section on claims."""
+    """The same in Markdown, with each claim's own words; to be read with docs/reading_results.md."""
     rows = verdicts["rows"]
     heads = ["verdict", "figure", "claim", "setting", "shown", "effect [95 %]", *_HEADS, "notes"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]

@@ -1,8 +1,8 @@
-"""README's table of the config's fields, made from their declarations.
+"""The table of the config's fields in docs/config.md, made from their declarations.
 
     python -m plastic_jax.running.flags_table
 
-rewrites it between its marks in README.md.
+rewrites it between its marks.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from plastic_jax.errors import InputError
 from plastic_jax.study.config import FIELDS, allowed
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 START, END = "<!-- flags -->", "<!-- /flags -->"
 
 
@@ -31,9 +31,9 @@ def rewritten(text: str) -> str:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end) or START in after or END in before + after:
-        raise InputError(f"{README} must have {START} and {END} once each, in this order.")
+        raise InputError(f"{PAGE} must have {START} and {END} once each, in this order.")
     return f"{before}{START}\n{markdown()}{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    PAGE.write_text(rewritten(PAGE.read_text()))

@@ -121,6 +121,14 @@ def resumed(held: dict[str, Any], sweep: Sweep, command: str, training: bool) ->
     return found
 
 
+def translated(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of an earlier version in the fields of this one; those that were not there yet are left out."""
+    if not set(config) & set(REPLACED):  # what took their place had no effect there
+        return dict(config)
+    kept = {"kernels": config["convolution"]} if config.get("convolution") in ("native", "products") else {}
+    return {n: v for n, v in config.items() if n not in REPLACED} | kept
+
+
 def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) -> None:
     """Refuse another run than the one that is held.
 
@@ -135,13 +143,9 @@ def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) ->
             f"--workdir={path} holds a run of a newer version of plastic_jax ({held['versions']['plastic_jax']}): "
             "use that version, or name another folder."
         )
-    old, name = dict(held["config"]), held["experiment"]
+    old, name = translated(held["config"]), held["experiment"]
     if name != experiment:
         raise InputError(f"--workdir={path} holds a run of {name}: name another folder, or pass --overwrite.")
-    if set(old) & set(REPLACED):  # an earlier version's: what took their place had no effect there
-        convolution = old.get("convolution")
-        kept = {"kernels": convolution} if convolution in ("native", "products") else {}
-        old = {n: v for n, v in old.items() if n not in REPLACED} | kept
     own = {n: field.default for n, field in FIELDS.items()} | old
     different = [
         n for n in sorted({*own, *config}) if n not in (*UNESSENTIAL, *ANALYSIS) and own.get(n) != config.get(n)
