@@ -18,6 +18,7 @@ __all__ = [
     "accuracy_curves",
     "gap_curve",
     "headlines",
+    "markdown_table",
     "not_reached",
     "page",
     "save_figure",
@@ -178,6 +179,14 @@ def terminal_table(summary: Sequence[dict[str, Any]], setting: Setting) -> str:
     lines.append("gap: test accuracy minus the fresh arm's, paired by seed, in percentage points")
     if missed := not_reached(summary):
         lines.append(missed)
+    return "\n".join(lines).replace("\N{MINUS SIGN}", "-") + "\n"
+
+
+def markdown_table(summary: Sequence[dict[str, Any]], setting: Setting) -> str:
+    """The columns of `terminal_table` as Markdown, in plain ASCII."""
+    cells = _columns(summary, setting, full=False)
+    rows = [[name.replace("_", " ") for name in cells], ["---"] * len(cells), *zip(*cells.values(), strict=True)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines).replace("\N{MINUS SIGN}", "-") + "\n"
 
 
