@@ -87,6 +87,13 @@ def test_no_number_is_left_open(name):
     assert re.findall(r"@@\w+@@", (ROOT / name).read_text()) == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+def test_every_estimate_stands_on_a_page_of_results(name):
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "results").glob("*.md"))
+    estimates = re.findall(r"[+-]\d+\.\d\d \[[+-][\d.]+, [+-][\d.]+\]", (ROOT / name).read_text())
+    assert len(estimates) >= 6 and [estimate for estimate in estimates if estimate not in pages] == []
+
+
 def imports(file: Path) -> set[str]:
     """The project's modules that a file imports, wherever in it, as the table names them: `data/__init__`."""
     names = set()
