@@ -1,6 +1,7 @@
 """README, docs and the lock file say what is there: commands, flags, modules, links, versions."""
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -110,11 +111,17 @@ def imports(file: Path) -> set[str]:
 
 def test_architecture_names_every_module_and_imports_run_one_way():
     """Each module imports only modules that stand above it in the table of docs/architecture.md."""
-    table = ARCHITECTURE.partition("| module |")[2].partition("\n\n")[0]
-    listed = re.findall(r"^\| `([\w/]+)\.py` \|", table, re.MULTILINE)
+    table = ARCHITECTURE.partition("| room | module |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (?:\*\*(\w+)\*\*.*?)? ?\| `([\w/]+)\.py` \|", table, re.MULTILINE)
+    listed = [name for _, name in rows]
     files = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in PACKAGE.rglob("*.py")}
     files = {name: file for name, file in files.items() if file.stem != "__init__" or str(Path(name).parent) in DOORS}
     assert sorted(listed) == sorted(files)
+    rooms = [name.partition("/")[0] for name in listed if "/" in name]
+    assert [room for room, _ in itertools.groupby(rooms)] == list(dict.fromkeys(rooms))  # each room stands in one place
+    assert [r for r in (room for room, _ in rows if room) if r not in ("basics", "commands")] == list(
+        dict.fromkeys(rooms)
+    )
     for position, name in enumerate(listed):
         assert imports(files[name]) - {*listed[:position]} == set(), name
     # or this test sees nothing
