@@ -60,7 +60,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
           InputError: the name is taken, or is no name.
         """
         if not name.isidentifier():
-            raise InputError(f"the {self.kind} {name!r} is not allowed: a name has letters, digits and _ alone.")
+            raise InputError(f"the {self.kind} {name!r} is not allowed: a name has only letters, digits and _.")
         if name in self.names:
             raise InputError(f"the {self.kind} {name!r} is declared twice: there is one of that name already.")
         self._found[name] = entry

@@ -77,7 +77,7 @@ def write(workdirs: Sequence[str], out: Path) -> None:
         a figure would overwrite a file that is not this command's or cannot be written.
     """
     if out.suffix != ".md":
-        raise InputError(f"--out={out} is no page: its name must end in .md.")
+        raise InputError(f"--out={out} is not allowed: the name of a page must end in .md.")
     real = [os.path.realpath(path) for path in workdirs]
     if twice := [path for k, path in enumerate(workdirs) if real[k] in real[:k]]:
         raise InputError(f"{twice[0]} is named twice: a page takes each run once.")
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="the --workdir of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="the page, a file that ends in .md")
-    parser.add_argument("--plugin", action="append", default=[], help="a plug-in of the runs, as they were given it")
+    parser.add_argument("--plugin", action="append", default=[], help="a plug-in that the runs were given")
     flags = parser.parse_args(arguments)
     try:
         plugins.load(flags.plugin)

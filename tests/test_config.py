@@ -53,7 +53,7 @@ def test_a_bad_value_is_refused_by_name(field, value, words):
         (dict(schedule="cosine"), "equal_updates=False"),
         (dict(tuning_epochs=2**30), "too long"),
         (dict(first_seed=2**31 - 2), "seeds=2"),
-        (dict(compute_dtype=("float32", "float64")), "float64 stands alone"),
+        (dict(compute_dtype=("float32", "float64")), "float64 must be a run's only type"),
         (dict(stage_accuracy=0.9, max_stage_epochs=1), "metric_epochs=2"),
         (dict(seeds=3_000_000), "at most 100000"),
     ],

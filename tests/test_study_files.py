@@ -107,7 +107,7 @@ def test_a_field_that_there_is_no_more_is_named(finished, copy):
     folder = copy(finished)
     changed(folder, lambda held: held["config"].update(strange_strength=0.5))
     before = fingerprint(folder)
-    with pytest.raises(InputError, match=r"strange_strength=0.5, a field that there is not here.*plug-in"):
+    with pytest.raises(InputError, match=r"strange_strength=0.5, a field that does not exist here.*plug-in"):
         trained(folder)
     assert fingerprint(folder) == before
 

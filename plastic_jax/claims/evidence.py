@@ -1,4 +1,4 @@
-"""A finished workdir as the claims see it: its arms with all their values, their pairs, and the paper's own values."""
+"""A finished workdir as the claims use it: its arms with all their values, their pairs, and the paper's own values."""
 
 import dataclasses
 import os
@@ -70,7 +70,9 @@ def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None])
     """
     run = loading.load(path)
     if not (run.path / "summary.json").exists():
-        raise InputError(f"{run.path} is not a finished run: it has no summary.json; the run's own command goes on.")
+        raise InputError(
+            f"{run.path} is not a finished run: it has no summary.json; run its command again to finish it."
+        )
     try:
         name, config = run.config["experiment"], run.config["config"]
         specs = {
@@ -79,13 +81,13 @@ def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None])
         }
         named = {(t["arm"], t["seed"]) for t in run.config["trials"]}
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{run.path / 'config.json'} is no run's of this version: it lacks {error}.") from None
+        raise InputError(f"{run.path / 'config.json'} is not of this version: it lacks {error}.") from None
     if (experiment := find(str(name))) is None:
         raise InputError(f"{run.path} is of an unknown experiment, {name!r}: there is no experiments.{name}.")
     try:
         study = trial.study(Sweep.of(manifest.translated(config)), specs, experiment.fresh)
     except (InputError, KeyError) as error:
-        raise InputError(f"{run.path / 'config.json'} is no run's of this version: {error}") from None
+        raise InputError(f"{run.path / 'config.json'} is not of this version: {error}") from None
     found = Evidence(
         workdir=str(path),
         experiment=experiment.name,
@@ -112,12 +114,12 @@ def _tuple(value: Any) -> Any:
 def _check(found: Evidence, wanted: set[tuple[str, int]], named: set[tuple[str, int]], run: loading.Run) -> None:
     """The config's trials are all there and finished, and summary.json says what the table says."""
     if wanted != named:
-        raise InputError(f"{run.path / 'config.json'} is no run's of this version: its trials are others.")
+        raise InputError(f"{run.path / 'config.json'} is not of this version: it has other trials.")
     ended = found.metrics[found.metrics["finished"]]
     if missing := len(wanted) - len(wanted & set(zip(ended["arm"], ended["seed"], strict=True))):
         raise InputError(
-            f"{run.path} is not a finished run: {missing} of its {len(wanted)} trials have not ended; the run's own "
-            "command goes on."
+            f"{run.path} is not a finished run: {missing} of its {len(wanted)} trials have not ended; run its "
+            "command again to finish it."
         )
     try:
         same = all(
@@ -128,7 +130,7 @@ def _check(found: Evidence, wanted: set[tuple[str, int]], named: set[tuple[str, 
         same = False
     if not same:
         raise InputError(
-            f"{run.path / 'summary.json'} does not agree with results.parquet: the run's own command writes it anew."
+            f"{run.path / 'summary.json'} does not agree with results.parquet: run its command again to write both anew."
         )
 
 

@@ -49,7 +49,7 @@ class Measured:
     """What a claim is judged by.
 
     `samples`: all of them within the claim's bounds support it. `steps`: one of them above 0 refutes it.
-    `conditions`: each with the bound that it must lie below, or nothing is decided. `note`: what is to be known.
+    `conditions`: each with the bound that it must lie below, or nothing is decided. `note`: what a reader should know.
     """
 
     samples: list[Sample]

@@ -1,4 +1,4 @@
-"""The verdicts on the claims as tables: plain text for a terminal, Markdown for RESULTS.md."""
+"""The verdicts on the claims as tables: plain text for a terminal, Markdown for a page of results."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""From finished runs to a verdict on each claim; the rules stand in `claims`."""
+"""From finished runs to a verdict on each claim; the rules stand in `rules.py`."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -176,7 +176,7 @@ def _check_once(rows: Sequence[Row]) -> None:
             differ = "the same" if means[0] == means[1] else " and ".join(map(_number, means))
             raise InputError(
                 f"{other.evidence.workdir} and {row.evidence.workdir} both judge the claim {row.claim.name!r} in one "
-                f"setting and find {differ}: a table takes a setting from one run; name one of them."
+                f"setting and find {differ}: a table takes each setting from one run, so name one of them."
             )
 
 

@@ -1,1 +1,1 @@
-"""What a person sees of a result: figures, tables, the page, W&B."""
+"""Results for a reader: figures, tables, the page, W&B."""

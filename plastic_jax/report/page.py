@@ -206,7 +206,7 @@ def page(
     command: str,
     notes: Sequence[str],
 ) -> Path:
-    """Write WORKDIR/report.html, one file that needs no other, and return its path.
+    """Write WORKDIR/report.html, a self-contained file, and return its path.
 
     Figures are read from their paths and embedded; every text is escaped. `config` may be nested.
     """

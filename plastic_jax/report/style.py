@@ -114,7 +114,7 @@ def title_of(title: str, numbers: Sequence[int], what: str, columns: int, shown:
 
 
 def nothing(axes: "Axes", why: str) -> None:
-    """Say in an empty panel why it is empty."""
+    """Write into an empty panel why it is empty."""
     axes.text(0.5, 0.93, why, transform=axes.transAxes, ha="center", color=GREY)
 
 
@@ -124,7 +124,7 @@ def on_axis(setting: Setting, *fields: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, and no bool."""
+    """Whether it is a number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

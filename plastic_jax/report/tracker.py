@@ -196,7 +196,7 @@ class Tracker:
                 self.mode = "disabled"
                 sentence = (
                     f"W&B: its folder cannot be written ({reason(error)}), so there will be no "
-                    "W&B runs; training goes on."
+                    "W&B runs; training continues."
                 )
         if sentence:
             say(sentence)

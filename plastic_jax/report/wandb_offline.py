@@ -123,7 +123,7 @@ def _write_run(folder: Path, stamp: str, project: str, content: Content) -> None
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """What failed, in one line."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
@@ -136,7 +136,7 @@ def write_offline(
     """Write a workdir's W&B runs from its results table, each id once; True if all are there.
 
     Without a `summary.json`, as a killed run leaves it, the gap is missing from the summaries.
-    Raises InputError if `workdir` is none.
+    Raises InputError if `workdir` is not one.
     """
     workdir = Path(workdir)
     try:

@@ -142,7 +142,7 @@ class _Runs:
         self._side_by_side(finish, [name for name in summaries if name in self._runs])
 
     def abandon(self) -> None:
-        """Training ended without a word: mark its runs as failed, once what they hold is up."""
+        """Training ended without a message: mark its runs as failed, once their rows are uploaded."""
         self._side_by_side(lambda name: self._runs[name].finish(exit_code=1), list(self._runs))
 
     def _side_by_side(self, function: Any, names: Iterable[str]) -> None:

@@ -36,7 +36,7 @@ _IDENTITY = frozenset({"trial", "arm", "seed"})  # a run's name, group and confi
 
 @dataclass(frozen=True)
 class Trial:
-    """What W&B is told of a trial: its number in the results table and its own config (flat)."""
+    """What W&B gets about a trial: its number in the results table and its own config (flat)."""
 
     trial: int
     arm: str
@@ -169,7 +169,7 @@ class Histories:
 
 @dataclass(frozen=True)
 class Content:
-    """All that W&B is to hold of a run; `summary` is what comes on top of the last values."""
+    """All that W&B stores of a run; `summary` is added to the last values."""
 
     run: Run
     rows: Rows

@@ -24,12 +24,12 @@ def columns(study: Study) -> list[str]:
 
 
 def diagnostics(study: Study) -> tuple[Column, ...]:
-    """What is measured beside accuracy and loss."""
+    """What is measured in addition to accuracy and loss."""
     return tuple(c for name in diagnostics_named(study.sweep.diagnostics) for c in DIAGNOSTICS[name].columns)
 
 
 def setting(study: Study) -> Setting:
-    """What the statistics need to know of a study."""
+    """What the statistics need to know about a study."""
     return Setting(
         swept=study.swept,
         arms=tuple({"arm": arm.arm, **arm.values} for arm in study.arms),

@@ -1,4 +1,4 @@
-"""What the statistics need to know of a study, and the words of its table."""
+"""What the statistics need to know about a study, and the words of its table."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ EPSILON = 1e-9  # a sum or a ratio is rounded: no comparison of epochs or means 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the statistics need to know of the config.
+    """What the statistics need to know about the config.
 
     `swept`: names of the swept fields. `arms`: in the order of the report, each with `arm` (its
     name) and every swept field's value, None where the field has no effect on the arm. `fresh`: an

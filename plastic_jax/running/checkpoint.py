@@ -37,7 +37,7 @@ def _files_crc(folder: Path) -> int:
 class Checkpoints:
     """The checkpoints under `directory`: nested dicts of host arrays and one JSON value beside them.
 
-    A save runs in the background; the next one waits for it. An unfinished one is never seen by `restore`. Checksums
+    A save runs in the background; the next one waits for it. `restore` never sees an unfinished one. Checksums
     of finished ones stand in DIRECTORY.json, so that a damaged one is passed over before Orbax, whose threads then
     go on complaining, gets to see it; one that was finished when nobody waited has only the checksum inside.
     """
@@ -113,6 +113,6 @@ class Checkpoints:
             return {}
 
     def close(self) -> None:
-        """Finish the save under way and let go of the directory."""
+        """Finish the current save and release the directory."""
         self.wait()
         self._manager.close()

@@ -19,7 +19,7 @@ from plastic_jax.study.config import FIELDS, Sweep, check_name
 OWN = {
     "preset": "the fields' values before --config.FIELD=VALUE",
     "plugin": "a Python file of your own that registers methods or models (repeatable)",
-    "workdir": "the run's folder (default: runs/NAME-HASH); the same command goes on there",
+    "workdir": "the run's folder (default: runs/NAME-HASH); the same command continues there",
     "data_dir": "folder of the data set's original files, or of TFDS",
     "dry_run": "print and write the plan, train nothing",
     "overwrite": "start anew in a workdir that holds a run",
@@ -41,7 +41,7 @@ def refuse(error: object) -> NoReturn:
 
 
 def show(text: str) -> None:
-    """Print, and end quietly where nobody reads on (`| head`)."""
+    """Print; end quietly if the reader stops reading (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -66,7 +66,7 @@ def help_text(experiment: Experiment, doc: str) -> str:
 
 
 def flag_values(argv: Sequence[str], name: str) -> list[str]:
-    """The values of a flag of our own that is read before all others."""
+    """The values of one of our own flags, which are read before all others."""
     found = []
     for k, argument in enumerate(argv):
         if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
@@ -162,7 +162,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether one of the arguments does, in any of absl's spellings."""
+    """Whether one of the arguments asks for help, in any of absl's spellings."""
     return any(re.fullmatch(r"-h|--?help(full|short)?(=true)?", argument) for argument in argv[1:])
 
 
@@ -179,7 +179,7 @@ def interrupted(run: Callable[[], Any]) -> None:
     except InputError as error:
         refuse(error)
     except KeyboardInterrupt as error:
-        said = str(error) or "Interrupted; the same command goes on from the last checkpoint."
+        said = str(error) or "Interrupted; the same command continues from the last checkpoint."
         print(said, file=sys.stderr)
         sys.exit(130)
 

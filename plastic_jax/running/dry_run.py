@@ -1,4 +1,4 @@
-"""The dry run: the whole plan in figures, before anything is trained, as plan.json and as a table."""
+"""The dry run: the whole plan in numbers, before anything is trained, as plan.json and as a table."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def device_memory(given_gib: float) -> tuple[int, str]:
-    """Bytes of one device and where the figure comes from; a CPU's devices share the machine's memory."""
+    """Bytes of one device and where the number comes from; a CPU's devices share the machine's memory."""
     if not math.isfinite(given_gib) or given_gib < 0:
         raise InputError(
             f"--device_memory_gib={given_gib:g} is not allowed: a number above 0, or 0 for the device at hand."

@@ -23,10 +23,10 @@ def markdown() -> str:
 
 
 def rewritten(text: str) -> str:
-    """`text` with the table of today between its two marks.
+    """`text` with the current table between its two marks.
 
     Raises:
-      InputError: the marks are not there, once each and in order.
+      InputError: the marks do not stand there once each and in order.
     """
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)

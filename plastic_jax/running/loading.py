@@ -1,4 +1,4 @@
-"""Finished (or running) workdirs, read back: the table, the summary, and the models that were kept."""
+"""Workdirs of finished or running studies, read back: the table, the summary and the kept models."""
 
 import json
 import os
@@ -48,13 +48,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended; the same command goes on with one that has not."""
+        """Whether the run has ended; the same command continues one that has not."""
         return (self.path / "summary.json").exists()
 
     def _unfinished(self, what: str) -> InputError:
         return InputError(
-            f"{self.path} holds a run that is unfinished, without {what}: `{self.config.get('command')}` goes on with "
-            "it; `.table` has its rows so far."
+            f"{self.path} holds an unfinished run, which has no {what} yet: `{self.config.get('command')}` continues it; "
+            "`.table` has its rows so far."
         )
 
     @cached_property
@@ -70,7 +70,7 @@ class Run:
           InputError: the run is unfinished.
         """
         if not self.finished:
-            raise self._unfinished("a summary")
+            raise self._unfinished("summary")
         return workdir.read_json(self.path / "summary.json")
 
     @cached_property
@@ -111,7 +111,7 @@ class Run:
         point = Config(**whole, **{name: value for name, value in own.items() if value is not None and name in FIELDS})
         if point.model not in models.MODELS:
             raise InputError(
-                f"model={point.model} of {self.path} is a plug-in's: take it in with plastic_jax.register first."
+                f"model={point.model} of {self.path} is a plug-in's: register it with plastic_jax.register first."
             )
         spec = self.config["datasets"][point.dataset]
         network = models.network(point, tuple(spec["shape"]), spec["classes"], Form("mapped"))
@@ -127,7 +127,7 @@ def load(path: str | os.PathLike[str]) -> Run:
     """Open a workdir.
 
     Raises:
-      InputError: it is none, or its results are damaged.
+      InputError: it is no workdir.
     """
     found = Run(Path(path).absolute())
     if not (found.path / "config.json").exists():

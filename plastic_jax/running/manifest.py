@@ -22,7 +22,7 @@ from plastic_jax.study.config import FIELDS, REPLACED, Sweep, canonical
 from plastic_jax.study.trial import Study
 
 SCHEMA = 2
-"""Of the files of a workdir; 1 is what had none in config.json."""
+"""The version of a workdir's files; 1 if config.json names none."""
 PACKAGES = ("plastic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 TRAINED_BY = ("data", "kernels", "methods", "models", "study", "train", "streams.py")  # what can change a number
 # Fields that may differ between a run and the same run asked for again: when checkpoints are written, ...
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
+    """The checkout's commit, with a + if files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     try:
         git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True)  # noqa: E731
@@ -65,7 +65,7 @@ def code() -> str:
 
 
 def session(command: str) -> dict[str, Any]:
-    """What a run is made or resumed by."""
+    """What makes or resumes a run: command, versions, commit, device, date."""
     return {
         "command": command or shlex.join(sys.argv),
         "versions": versions(),
@@ -85,7 +85,7 @@ def crc(dataset: Dataset) -> int:
 
 
 def new(experiment: str, study: Study, sets: Mapping[str, Dataset], command: str) -> dict[str, Any]:
-    """config.json of a run that begins."""
+    """config.json of a new run."""
     return {
         "schema": SCHEMA,
         "experiment": experiment,
@@ -122,7 +122,7 @@ def resumed(held: dict[str, Any], sweep: Sweep, command: str, training: bool) ->
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of an earlier version in the fields of this one; those that were not there yet are left out."""
+    """A config of an earlier version in the fields of this one; fields that did not exist yet are left out."""
     if not set(config) & set(REPLACED):  # what took their place had no effect there
         return dict(config)
     kept = {"kernels": config["convolution"]} if config.get("convolution") in ("native", "products") else {}
@@ -132,7 +132,7 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
 def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) -> None:
     """Refuse another run than the one that is held.
 
-    A field that is new since then counts as its default; one that there is no more must have had no effect.
+    A field that is newer than the run counts as its default; one that exists no more must have had no effect.
 
     Raises:
       InputError: it is of another experiment or config, or of a newer version; the sentence names what differs.
@@ -152,7 +152,7 @@ def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) ->
     ]
     if unknown := [n for n in different if n not in FIELDS]:
         raise InputError(
-            f"--workdir={path} holds a run with {unknown[0]}={old[unknown[0]]!r}, a field that there is not here: name "
+            f"--workdir={path} holds a run with {unknown[0]}={old[unknown[0]]!r}, a field that does not exist here: name "
             "the plug-in that declares it, or another folder."
         )
     if different:
@@ -163,21 +163,21 @@ def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) ->
 
 
 def changed_code(held: dict[str, Any]) -> str:
-    """A sentence where a finished run was made by other code than is here now, else an empty one."""
+    """A sentence if a finished run was made by other code than that at hand, else an empty one."""
     last = ([held] + held.get("resumed", []))[-1]
     if last.get("code") == code() or ("code" not in last and str(last.get("commit")).rstrip("+") == commit()):
         return ""
     return (
-        f"Trained by other code than is here now (commit {held.get('commit')}, now {commit()}): its numbers stay as "
+        f"Trained by other code than that at hand (commit {held.get('commit')}, now {commit()}): its numbers stay as "
         "they were. To train with this code, name another folder or pass --overwrite."
     )
 
 
 def check_data(held: dict[str, Any], sets: Mapping[str, Dataset], path: Path) -> None:
-    """Refuse to go on with other data than the run began with."""
+    """Refuse to continue with other data than the run began with."""
     for name, dataset in sets.items():
         if held.get("datasets", {}).get(name, {}).get("crc32") != crc(dataset):
             raise InputError(
                 f"--workdir={path} holds a run on other data: the files of dataset={name} have changed since it began; "
-                "bring the first ones back, or name another folder."
+                "restore the first ones, or name another folder."
             )

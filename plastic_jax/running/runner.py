@@ -26,7 +26,7 @@ from plastic_jax.train.trial_axis import Formulation
 
 
 def default_workdir(name: str, sweep: Sweep) -> Path:
-    """runs/NAME-HASH: the same config comes back to the same folder, also where there are new fields since then."""
+    """runs/NAME-HASH: the same config finds the same folder again, also if fields have been added since."""
     apart = (*manifest.ANALYSIS, *manifest.UNESSENTIAL)
     own = {n: v for n, v in sweep.as_dict().items() if v != FIELDS[n].default and n not in apart}
     return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -51,7 +51,7 @@ def run(
 
     Args:
       config: a value or a sequence of values for each field; the others take their defaults.
-      workdir: the run's folder; the same call on the same folder goes on where it stopped.
+      workdir: the run's folder; the same call on the same folder continues from where it stopped.
       study: the experiment, by default the warm-start study.
       say: takes each sentence meant for the user.
       plugins: Python files that register methods or models; `plastic_jax.register` does as well.
@@ -68,7 +68,7 @@ def run(
 
     Raises:
       InputError: bad input, before any work has started.
-      KeyboardInterrupt: asked to stop; a checkpoint has been written, and the same call goes on from it.
+      KeyboardInterrupt: asked to stop; a checkpoint has been written, and the same call continues from it.
     """
     chosen = Options(
         None if workdir is None else os.fspath(workdir),
@@ -85,7 +85,7 @@ load_plugins = plugins.load
 
 
 def run_experiment(of: Experiment, sweep: Sweep, options: Options, say: Callable[[str], None]) -> Run | None:
-    """As `run`, of a checked sweep."""
+    """As `run`, for a sweep that is checked already."""
     backend.prepare()
     if options.wandb not in wandb_runs.MODES:
         raise InputError(f"--wandb={options.wandb!r} is not allowed: one of {', '.join(wandb_runs.MODES)}.")

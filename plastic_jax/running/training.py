@@ -61,7 +61,7 @@ class Training:
         self.spent[on] += time.monotonic() - begin
 
     def run(self, going_on: bool) -> None:
-        """Train what is not trained yet, then report, and say where the time went; `going_on`: after a run before."""
+        """Train what is not trained yet, then report, and say where the time went; `going_on`: whether this continues an earlier run."""
         began = time.monotonic()
         checkpoints = Checkpoints(self.path / "checkpoints" / "run")
         tracker = self._tracker()
@@ -105,7 +105,7 @@ class Training:
         if None in self.formulations[len(self.done) :]:
             raise InputError(
                 f"--workdir={self.path} holds an unfinished run of an earlier version (commit {begun}), whose states "
-                "are laid out otherwise: finish it with that version, or name another folder."
+                "are laid out differently: finish it with that version, or name another folder."
             )
         if going_on:
             training = len(self.done) < len(self.programs)
@@ -123,7 +123,7 @@ class Training:
         )  # fmt: skip
         if found:
             self._write_table()
-            self.say(f"Going on from the checkpoint in {checkpoints.directory}.")
+            self.say(f"Continuing from the checkpoint in {checkpoints.directory}.")
         with bar:
             for number in range(len(self.done), len(self.programs)):
                 program, formulation = self.programs[number], self.formulations[number]
@@ -167,7 +167,7 @@ class Training:
                 checkpoints.wait()
                 name = signal.Signals(self.stop).name
                 raise Interrupted(
-                    f"Interrupted by {name}: a checkpoint is written, and the same command goes on from it."
+                    f"Interrupted by {name}: a checkpoint was written, and the same command continues from it."
                 )
 
     def _save(self, checkpoints: Checkpoints, live: ProgramRun | None) -> None:

@@ -21,7 +21,7 @@ OWN = ("config.json", "plan.json", "results.parquet", "summary.json", "report.ht
 
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Make the folder if need be and hold it alone; what is refused leaves no folder that was not there.
+    """Make the folder if it is missing and lock it; a refused command leaves no new folder.
 
     Raises:
       InputError: it cannot be written, or another process runs in it.
@@ -67,11 +67,11 @@ def check_own(path: Path) -> None:
     except (OSError, ValueError, AttributeError):  # damaged: a run's, if there is what else a run leaves
         ours = (path / "plan.json").exists()
     if not ours:
-        raise InputError(f"--workdir={path} holds {', '.join(held)}, which no run left there: name another folder.")
+        raise InputError(f"--workdir={path} holds {', '.join(held)}, which are not a run's: name another folder.")
 
 
 def clear(path: Path) -> None:
-    """Remove what a run leaves there, and nothing else."""
+    """Remove the files of a run, and nothing else."""
     for name in ("checkpoints/run", "checkpoints/kept", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (*OWN, "checkpoints/run.json", "figures/gap.png", "figures/accuracy_curves.png"):
@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged or unreadable ({type(error).__name__}): the command that made it writes it anew."
+            f"{path} is damaged or unreadable ({type(error).__name__}): run the command that made it again."
         ) from None
 
 
@@ -126,20 +126,20 @@ def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) 
     kept = _of_checkpoint(path, say)
     if kept is not None:
         manifest.differing(kept["config"], sweep.as_dict(), experiment, path)
-        say(f"config.json or plan.json in {path} was missing or damaged: it is rebuilt, since the checkpoint agrees.")
+        say(f"config.json or plan.json in {path} was missing or damaged; it was rebuilt, since the checkpoint agrees.")
         return Held(config or kept["config"], kept["formulations"], rebuilt=True)
     left = [name for name in OWN if (path / name).exists() and name not in ("plan.json", "config.json")]
     if left:
         names = [name for name, found in (("config.json", config), ("plan.json", written)) if found is None]
         raise InputError(
-            f"--workdir={path} holds {', '.join(left)}, but no {' and no '.join(names)} that can be read, nor a "
-            "checkpoint that tells what they said: bring them back, or name another folder."
+            f"--workdir={path} holds {', '.join(left)}, but no readable {' and no readable '.join(names)}, and no "
+            "checkpoint that has their content: restore them, or name another folder."
         )
     return None  # it stopped before the first checkpoint: nothing was computed
 
 
 def formulations(found: Held, path: Path, count: int) -> list[Formulation | None]:
-    """The formulations that a run began with, which it keeps (contract 1); None: one of an earlier version.
+    """The formulations that a run began with, which it keeps (contract 1); None for a run of an earlier version.
 
     Raises:
       InputError: they are not those of `count` programs.

@@ -43,7 +43,7 @@ def add_fields(fields: Mapping[str, Field], owner: str) -> None:
         if name in FIELDS or name in REPLACED or name == "more":
             raise InputError(f"{owner} declares the field {name!r}, which exists already.")
         if not name.isidentifier():
-            raise InputError(f"{owner} declares the field {name!r}: a name has letters, digits and _ alone.")
+            raise InputError(f"{owner} declares the field {name!r}: a name has only letters, digits and _.")
     for name, field in fields.items():
         FIELDS[name] = field.named(name)
 
@@ -125,7 +125,7 @@ class Config(_Declared):
 
     # fmt: off
     dataset: str = _field("cifar10", "static", "data set: digits, fashion_mnist, cifar10, cifar100, svhn_cropped, or any prepared array_record TFDS name")
-    train_examples: int = _field(0, "static", "size of the train set, drawn anew by each seed; 0 = all", low=0)
+    train_examples: int = _field(0, "static", "size of the train set, which each seed draws for itself; 0 = all", low=0)
     validation_fraction: float = _field(0.0, "static", "share of the train set held back and evaluated beside the test set, for choosing settings", low=0.0, high=0.9)
     label_noise: float = _field(0.0, "dynamic", "share of the train labels replaced by another class, uniformly", low=0.0, high=1.0)
     model: str = _field("resnet", "static", "model", choices=lambda: MODELS.names)
@@ -142,9 +142,9 @@ class Config(_Declared):
     pretraining_fraction: float = _field(0.5, "dynamic", "share of the train set that a single pretraining stage sees (with `uniform_fraction` = 1; else without effect)", above=0.0, high=1.0)
     warm_start_epochs: int = _field(350, "dynamic", "epochs of each pretraining stage: passes over its own subset; 0 = fresh", low=0)
     pretraining_stages: int = _field(1, "dynamic", "n, stages before the tuning stage, on nested subsets of the train set (the paper's figure 4); 0 = fresh", low=0)
-    uniform_fraction: float = _field(1.0, "dynamic", "r, share of the train set that is dealt to the stages at random; the rest comes class by class (figure 4, right)", low=0.0, high=1.0)
+    uniform_fraction: float = _field(1.0, "dynamic", "r, share of the train set that is divided among the stages at random; the rest comes class by class (figure 4, right)", low=0.0, high=1.0)
     reset: str = _field("none", "dynamic", "modules re-initialised when tuning begins after pretraining (figure 6): none, or numbers and ranges joined by +, as 6, 1-3, 1+4-6", read=lambda text: reset_text(reset_modules(text)), takes="none, or module numbers and ranges joined by +, as 6, 1-3, 1+4-6")
-    intervention: str = _field("none", "dynamic", "what happens to the parameters when a stage after the first begins: none, or all of them are drawn anew", choices=BEGINNINGS)
+    intervention: str = _field("none", "dynamic", "what happens to the parameters when a stage after the first begins: none, or reinitialise all of them", choices=BEGINNINGS)
     chunk_examples: int = _field(0, "dynamic", "online setting (Ash & Adams): so many further examples arrive before each stage, each of at most `tuning_epochs` on all that are there; 0 = off", low=0)
     transition: str = _field("abrupt", "dynamic", "from the pretraining subset to the whole train set: abrupt (two stages), or smooth (one stage that mixes them, the paper's figure 3)", choices=("abrupt", "smooth"))
     gamma: float = _field(0.5, "dynamic", "smooth transition: at step n of N an example comes from the whole train set with probability 1 - gamma^(50 n / N), else from the subset; 0 = always from the whole", low=0.0, high=1.0)
@@ -222,7 +222,7 @@ def check_name(name: str) -> None:
     if name in FIELDS:
         return
     if name in REPLACED:
-        raise InputError(f"--config.{name} is no field any more: set {REPLACED[name]} instead.")
+        raise InputError(f"--config.{name} is a field no more: set {REPLACED[name]} instead.")
     near = difflib.get_close_matches(name, FIELDS, n=1)
     hint = f"did you mean {near[0]}?" if near else "the fields are " + ", ".join(FIELDS) + "."
     raise InputError(f"--config.{name} is no field of the config: {hint}")

@@ -200,7 +200,7 @@ def _check(point: Config, spec: DatasetSpec) -> None:
     if point.chunk_examples > size:
         raise InputError(
             f"--config.chunk_examples={point.chunk_examples} is not allowed: the train set has {size} examples, and a "
-            "chunk holds at most so many (0 = off)."
+            "chunk holds at most that many (0 = off)."
         )
     if point.chunk_examples and point.transition == "smooth":
         raise InputError(
@@ -247,7 +247,7 @@ def _check_stages(point: Config, found: tuple[Stage, ...], seed: int | None = No
             of = "" if seed is None else f" of seed {seed}"
             raise InputError(
                 f"--config.batch_size={point.batch_size} is not allowed: the {stage.name} stage{of} has "
-                f"{stage.size} examples{why}, and a batch holds at most so many."
+                f"{stage.size} examples{why}, and a batch holds at most that many."
             )
         if (stage.epochs + 1) * stage.size + point.batch_size > 2**31 - 1:
             raise InputError(
@@ -262,8 +262,8 @@ def _check_run(sweep: Sweep) -> None:
     """Refuse run fields that are impossible together with the swept ones."""
     if len(sweep.values["compute_dtype"]) > 1 and "float64" in sweep.values["compute_dtype"]:
         raise InputError(
-            f"--config.compute_dtype={sweep.values['compute_dtype']} is not allowed: float64 stands alone in a run, "
-            "since JAX then computes otherwise throughout."
+            f"--config.compute_dtype={sweep.values['compute_dtype']} is not allowed: float64 must be a run's only "
+            "type, since it changes how JAX computes throughout."
         )
     shortest = min(sweep.values["tuning_epochs"])
     if any(sweep.values["stage_accuracy"]) and "all" in sweep.values["accuracy_ends"]:
@@ -271,7 +271,7 @@ def _check_run(sweep: Sweep) -> None:
     if sweep.metric_epochs > shortest:
         raise InputError(
             f"--config.metric_epochs={sweep.metric_epochs} is not allowed: the tuning stage has {shortest} epochs, "
-            "and the metric averages over at most so many."
+            "and the metric averages over at most that many."
         )
     if sweep.equal_updates and any(s != "constant" for s in sweep.values["schedule"]):
         raise InputError(

@@ -95,7 +95,7 @@ def _convolutional(sweep: Sweep, width: int, leaves: int) -> list[Form]:
 
 
 def _even(sweep: Sweep, leaves: int, most: int, group: int) -> Form:
-    """A block of at most so many trials, evened out so that the last block is as full as the others."""
+    """A block of at most that many trials, evened out so that the last block is as full as the others."""
     if sweep.block:
         return Form("packed", sweep.block, group)
     groups = math.ceil(math.ceil(leaves / math.ceil(leaves / most)) / group)

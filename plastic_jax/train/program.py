@@ -309,7 +309,7 @@ class ProgramRun:
         return arrays, {"store": names, **self.schedule.snapshot()}
 
     def resume(self, arrays: Tree, host: dict[str, Any]) -> None:
-        """Go on from a snapshot of the same plan."""
+        """Continue from a snapshot of the same plan."""
         state = jax.tree.unflatten(self.structure, _listed(arrays["state"]))
         self._state = trial_axis.sharded(state, self.mesh)
         stacks = _listed(arrays.get("store", {}))

@@ -1,6 +1,6 @@
 """The schedule: which node of a plan is trained in which slot, and how far in the next chunk. No device is known here.
 
-A slot trains one node after another. When a node ends, its first child goes on in the slot and the others wait with a
+A slot trains one node after another. When a node ends, its first child takes over the slot and the others wait with a
 copy of its state. Which node runs where and beside whom changes no result (contract 1), but how much is computed for
 nothing: a block of slots computes as many steps for all of them as the one that needs most to its next evaluation.
 """
@@ -195,7 +195,7 @@ class Schedule:
     # Ends of nodes
 
     def finish(self, i: int, by_accuracy: bool) -> int | None:
-        """End the node in slot `i`: its first child goes on there; the node, if its state has to be stored."""
+        """End the node in slot `i`: its first child takes it over; the node, if its state has to be stored."""
         index = self.slots[i].node
         assert index is not None
         self.slots[i] = Slot()
@@ -287,7 +287,7 @@ class Schedule:
         )
 
     def restore(self, held: dict[str, Any]) -> None:
-        """Go on from a snapshot of the same plan."""
+        """Continue from a snapshot of the same plan."""
         held = copy.deepcopy(held)
         self.slots = [Slot(**slot) for slot in held["slots"]]
         self.ready = [(node, source) for node, source in held["ready"]]

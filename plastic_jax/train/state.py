@@ -66,7 +66,7 @@ class Beginning:
 
     fresh: Array  # bool, from the trial's initialisation
     begin: Array  # bool, at the start of a stage
-    resume: Array  # bool, a stage that ended by accuracy goes on
+    resume: Array  # bool, a stage that ended by accuracy is continued
 
 
 @struct.dataclass
