@@ -193,7 +193,7 @@ def test_without_checkpoint_and_description_nothing_is_touched(finished, copy):
     shutil.rmtree(folder / "checkpoints")
     (folder / "config.json").write_text("{")
     before = fingerprint(folder)
-    with pytest.raises(InputError, match=r"holds results.parquet.*no config.json that can be read"):
+    with pytest.raises(InputError, match=r"holds results.parquet.*no readable config.json"):
         trained(folder)
     assert fingerprint(folder) == before
 

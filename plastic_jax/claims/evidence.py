@@ -130,7 +130,8 @@ def _check(found: Evidence, wanted: set[tuple[str, int]], named: set[tuple[str, 
         same = False
     if not same:
         raise InputError(
-            f"{run.path / 'summary.json'} does not agree with results.parquet: run its command again to write both anew."
+            f"{run.path / 'summary.json'} does not agree with results.parquet: run the command of the run "
+            "again to write it anew."
         )
 
 

@@ -1,7 +1,5 @@
 """Intervals of a mean and of a median."""
 
-import math
-
 import numpy as np
 
 from plastic_jax.results.settings import LEAST_PAIRS_BOOTSTRAP, LEAST_PAIRS_T
@@ -28,8 +26,10 @@ def t_interval(values: np.ndarray) -> list[float] | None:
 
     if len(values) < LEAST_PAIRS_T:
         return None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return [float(values.mean() - half), float(values.mean() + half)]
+    error = stats.sem(values)
+    if error == 0:  # scipy has no interval there
+        return [float(values.mean())] * 2
+    return [float(end) for end in stats.t.interval(0.95, len(values) - 1, values.mean(), error)]
 
 
 def bootstrap_interval(values: np.ndarray) -> list[float] | None:

@@ -53,8 +53,8 @@ class Run:
 
     def _unfinished(self, what: str) -> InputError:
         return InputError(
-            f"{self.path} holds an unfinished run, which has no {what} yet: `{self.config.get('command')}` continues it; "
-            "`.table` has its rows so far."
+            f"{self.path} holds an unfinished run, which has no {what} yet: `{self.config.get('command')}` continues "
+            "it; `.table` has its rows so far."
         )
 
     @cached_property

@@ -152,8 +152,8 @@ def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) ->
     ]
     if unknown := [n for n in different if n not in FIELDS]:
         raise InputError(
-            f"--workdir={path} holds a run with {unknown[0]}={old[unknown[0]]!r}, a field that does not exist here: name "
-            "the plug-in that declares it, or another folder."
+            f"--workdir={path} holds a run with {unknown[0]}={old[unknown[0]]!r}, a field that does not exist here: "
+            "name the plug-in that declares it, or another folder."
         )
     if different:
         words = "; ".join(f"{n} was {own.get(n)!r}, is now {config.get(n)!r}" for n in different)

@@ -61,7 +61,10 @@ class Training:
         self.spent[on] += time.monotonic() - begin
 
     def run(self, going_on: bool) -> None:
-        """Train what is not trained yet, then report, and say where the time went; `going_on`: whether this continues an earlier run."""
+        """Train what is not trained yet, then report, and say where the time went.
+
+        `going_on`: whether this continues an earlier run.
+        """
         began = time.monotonic()
         checkpoints = Checkpoints(self.path / "checkpoints" / "run")
         tracker = self._tracker()

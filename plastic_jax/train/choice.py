@@ -118,7 +118,7 @@ def formulation(form: Form, sweep: Sweep, cost: Costs, *, leaves: int, memory: i
         else:
             block = group = group // 2
     each = -(-leaves // devices)
-    # Mapped trials gain nothing from company but fewer looks of the host; short chunks want more of them.
+    # Mapped trials gain nothing from company but fewer chunks; short chunks want more of them.
     usual = each if form.kernels == "packed" else 4 if cost.convolutional else 16
     blocks = -(-min(each, sweep.trials_per_device or usual) // block)
     while blocks > 1 and cost.device_bytes(blocks * block, block, group) > memory:

@@ -1,4 +1,4 @@
-"""The training core: what one trial does between two looks of the host.
+"""The training core: what one trial does in a chunk, between two evaluations.
 
 Everything here is written for *one* trial. `trial_axis.py` puts the trials of a batch side by side, shards them over
 the devices and compiles; `models/network.py` has the one boundary behind which a block of trials is computed as one.

@@ -34,7 +34,7 @@ class Schedule:
     Args:
       program: the plan.
       slots: how many nodes can be trained side by side.
-      eval_every: epochs between two looks at a node, which ends one chunk.
+      eval_every: epochs between two evaluations of a node, each of which ends a chunk.
       block: slots that are computed as one, as long as any of them trains.
       devices: that the blocks are shared out to, in order.
       keep: whose states are kept: `none`, `ends` of trials, or of all `stages`.
@@ -107,7 +107,7 @@ class Schedule:
         return self.nodes[index].stage.size * self.every(index)
 
     def every(self, index: int) -> int:
-        """Epochs between two looks at a node."""
+        """Epochs between two evaluations of a node."""
         return 1 if self.nodes[index].closely else self.eval_every
 
     def _fill(self, block: int, pace: int) -> None:
