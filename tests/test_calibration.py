@@ -242,7 +242,7 @@ def test_a_long_run_measures_once_and_remembers():
     again = calibration.choose(AUTO, SMALL, SPEC, MUCH, "cpu", leaves=9, measure=False)
     assert again == dataclasses.replace(first, source="remembered", why=again.why)
     assert "in an earlier run" in again.why
-    other = calibration.choose(AUTO, dataclasses.replace(SMALL, width=9), SPEC, MUCH, "cpu", leaves=9, measure=False)
+    other = calibration.choose(AUTO, SMALL.replace(width=9), SPEC, MUCH, "cpu", leaves=9, measure=False)
     assert (other.source, other.form) == ("to be measured", found[0])
     assert other.why == f"mapped: by rule; before training, {len(found)} candidates are measured for at most 60 s."
 

@@ -31,7 +31,11 @@ def test_batch_size_changes_nothing_when_mapped(reference, slots):
     tiny.same(reference, tiny.trained(tiny.study(), slots=slots))
 
 
-@pytest.mark.parametrize("name", tiny.PACKED)
+# The slow ones are the other form of the same network, of which a faster test is always run.
+PACKED = [pytest.param(n, marks=pytest.mark.slow) if n.endswith("own convolutions") else n for n in tiny.PACKED]
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_batch_size_and_neighbours_change_nothing_when_packed(name):
     changes, block, group = tiny.PACKED[name]
     form = dict(kernels="packed", block=block, group=group)
@@ -50,7 +54,7 @@ def test_number_of_devices_changes_nothing(reference):
     tiny.same(reference, tiny.trained(tiny.study(), slots=8, devices=4))
 
 
-@pytest.mark.parametrize("name", tiny.PACKED)
+@pytest.mark.parametrize("name", PACKED)
 def test_number_of_devices_changes_nothing_when_packed(name):
     """From two devices on; XLA compiles a program for one device by other passes, which round otherwise."""
     changes, block, group = tiny.PACKED[name]
@@ -106,7 +110,8 @@ def test_a_run_with_snapshots_equals_one_without(reference):
     tiny.same(reference, tiny.table(study, [run]))
 
 
-@pytest.mark.parametrize("model", ["mlp", "resnet"])
+# A ResNet's forms agree in float64 in test_packed.py (packed, mapped), test_native.py and test_convolution.py too.
+@pytest.mark.parametrize("model", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_formulations_and_devices_agree_in_float64(model):
     """20 steps within 1e-10; the random draws bit for bit."""
     jax.config.update("jax_enable_x64", True)
