@@ -67,7 +67,7 @@ def check_own(path: Path) -> None:
     except (OSError, ValueError, AttributeError):  # damaged: a run's, if there is what else a run leaves
         ours = (path / "plan.json").exists()
     if not ours:
-        raise InputError(f"--workdir={path} holds {', '.join(held)}, which are not a run's: name another folder.")
+        raise InputError(f"--workdir={path} holds {', '.join(held)}, which no run left there: name another folder.")
 
 
 def clear(path: Path) -> None:
