@@ -66,7 +66,7 @@ def test_a_finished_one_is_reported_and_trains_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("unfinished", UNFINISHED, ["unfinished run of an earlier version", "77d88ee", "name another folder"]),
+        ("unfinished", UNFINISHED, ["unfinished run of other code", "77d88ee", "name another folder"]),
         ("finished", FINISHED + " --config.kernels=mapped", ["another config", "kernels was 'products'"]),
         ("finished", FINISHED + " --config.convolution=products", ["--config.convolution", "kernels"]),
         ("finished", FINISHED + " --config.trial_axis=map", ["--config.trial_axis", "kernels"]),

@@ -200,10 +200,20 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(environment, tmp_path, f
     assert code == 0, err
     assert "damaged" in out
     assert (tmp_path / "results.parquet").read_bytes() == (path / "results.parquet").read_bytes()
+
+
+def test_damaged_checkpoints_alone_are_refused_and_nothing_is_touched(environment, tmp_path):
+    arguments = [*SMALL, f"--workdir={tmp_path}", "--config.tuning_epochs=5000", "--config.checkpoint_minutes=0.0001"]
+    process = start(arguments, environment)
+    while not _whole(tmp_path) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
     for step in (tmp_path / "checkpoints/run").glob("[0-9]*"):
         _damage(step)
-    refused(arguments, environment, "damaged", "--overwrite")
-    assert (tmp_path / "results.parquet").read_bytes() == (path / "results.parquet").read_bytes()
+    table = (tmp_path / "results.parquet").read_bytes()
+    refused(arguments, environment, "all checkpoints in", "restore one of them, or name another folder")
+    assert (tmp_path / "results.parquet").read_bytes() == table
 
 
 def _whole(path: Path) -> list[Path]:

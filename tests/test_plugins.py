@@ -18,6 +18,7 @@ from plastic_jax import models
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.methods.interventions import INTERVENTIONS
+from plastic_jax.running import loading
 from plastic_jax.study import plugins
 from plastic_jax.study.config import FIELDS, Config, Sweep
 
@@ -116,6 +117,49 @@ def test_a_file_takes_part_in_a_study(tmp_path):
     assert {found["sha256"] for found in held.values()} >= {hashlib.sha256(file.read_bytes()).hexdigest()}
     again = called(*arguments)
     assert again.returncode == 0 and "Compiling" not in again.stdout, again.stderr
+
+
+TINY = dict(
+    dataset="digits", train_examples=60, model="mlp", width=8, depth=1, batch_size=10, warm_start_epochs=(0, 2),
+    tuning_epochs=3, metric_epochs=2, seeds=2,
+)  # fmt: skip
+
+
+def trained(folder: Path, said: list, **config) -> loading.Run:
+    run = plastic_jax.run({**TINY, **config}, folder, say=said.append, wandb="disabled", progress=False)
+    assert run is not None
+    return run
+
+
+def test_one_that_takes_no_part_is_not_needed_again(tmp_path, forgetting):
+    file = tmp_path / "my_idea.py"
+    file.write_text(IDEA)
+    plugins.load([str(file)])
+    run = trained(tmp_path / "run", [], diagnostics="largest_weight")
+    assert [p["name"] for p in run.config["plugins"]] == ["largest_weight"] and "clip" not in run.config["config"]
+    for name in ("weight_clipping", "lion", "my_net"):
+        plugins.forget(name)
+    said: list[str] = []
+    trained(tmp_path / "run", said, diagnostics="largest_weight")
+    assert not any("other code" in text for text in said)
+    with pytest.raises(InputError, match="diagnostics was 'largest_weight', is now 'none'"):
+        trained(tmp_path / "run", [])
+
+
+def test_one_that_has_changed_since_is_said(tmp_path, forgetting):
+    file = tmp_path / "my_idea.py"
+    file.write_text(IDEA)
+    plugins.load([str(file)])
+    trained(tmp_path / "run", [], clip=0.5)
+    for found in list(plugins.REGISTERED):
+        plugins.forget(found.name)
+    plugins._loaded.clear()
+    file.write_text(IDEA.replace("jnp.clip(leaf, -view.clip, view.clip)", "leaf * 0"))
+    plugins.load([str(file)])
+    said: list[str] = []
+    trained(tmp_path / "run", said, clip=0.5)
+    (sentence,) = [text for text in said if "other code" in text]
+    assert "numbers stay as they were" in sentence
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import pandas as pd
 import pytest
 
 import plastic_jax
 from experiments.warm_start import EXPERIMENT, QUICKSTART
+from plastic_jax import data
 from plastic_jax.errors import InputError
 from plastic_jax.fields import Field
 from plastic_jax.results import tables
 from plastic_jax.running import manifest, training
-from plastic_jax.study.config import FIELDS, add_fields
+from plastic_jax.running.checkpoint import Checkpoints
+from plastic_jax.study import plan, trial
+from plastic_jax.study.config import FIELDS, Sweep, add_fields
+from plastic_jax.train import program
+from plastic_jax.train.trial_axis import Formulation
 
 CONFIG = dict(
     QUICKSTART, train_examples=60, width=8, depth=1, batch_size=10, warm_start_epochs=(0, 2, 4), tuning_epochs=6,
@@ -161,19 +167,23 @@ def test_another_analysis_is_no_other_run(finished, copy, unfinished, tmp_path):
     assert trained(going_on, metric_epochs=5).summary == run.summary
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "garbage"])
+DAMAGE = {
+    "truncated": lambda file: file.write_text(file.read_text()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_text(""),
+    "gone": Path.unlink,
+    "garbage": lambda file: file.write_bytes(bytes(range(256))),
+    "other": lambda file: file.write_text('{"experiment": 3, "config": [], "programs": [{"formulation": {"x": 1}}]}'),
+    "a list": lambda file: file.write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["config.json", "plan.json"])
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 def test_a_damaged_description_is_rebuilt_from_the_checkpoint(state, name, damage, finished, unfinished, copy):
     folder, said = copy(finished if state == "finished" else unfinished), []
     file = folder / name
-    text = file.read_text()
-    {
-        "truncated": lambda: file.write_text(text[: len(text) // 2]),
-        "empty": lambda: file.write_text(""),
-        "gone": file.unlink,
-        "garbage": lambda: file.write_bytes(bytes(range(256))),
-    }[damage]()
+    DAMAGE[damage](file)
     with pytest.raises(InputError, match="another config"):
         trained(folder, learning_rate=0.5)
     run = trained(folder, said)
@@ -184,7 +194,8 @@ def test_a_damaged_description_is_rebuilt_from_the_checkpoint(state, name, damag
     )}  # fmt: skip
     plan = json.loads((folder / "plan.json").read_text())
     expected = json.loads((finished / "plan.json").read_text())
-    assert [p["formulation"] for p in plan["programs"]] == [p["formulation"] for p in expected["programs"]]
+    for made, begun in zip(plan["programs"], expected["programs"], strict=True):
+        assert all(made[name] == begun[name] for name in ("formulation", "batches", "idle_share", "bytes_per_device"))
     assert run.config["trials"] == plastic_jax.load(finished).config["trials"]
 
 
@@ -196,6 +207,115 @@ def test_without_checkpoint_and_description_nothing_is_touched(finished, copy):
     with pytest.raises(InputError, match=r"holds results.parquet.*no readable config.json"):
         trained(folder)
     assert fingerprint(folder) == before
+
+
+@pytest.mark.parametrize("left", ["no checkpoints", "damaged ones"])
+def test_a_finished_run_needs_no_checkpoint(left, finished, copy):
+    folder, said = copy(finished), []
+    table = (folder / "results.parquet").read_bytes()
+    if left == "no checkpoints":
+        shutil.rmtree(folder / "checkpoints")
+    else:
+        for file in (folder / "checkpoints" / "run").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"damaged")
+    run = trained(folder, said, metric_epochs=3)
+    assert (folder / "results.parquet").read_bytes() == table and run.finished
+    assert run.config["analysed"]["metric_epochs"] == 3 and not any("damaged" in text for text in said)
+    before = fingerprint(folder)
+    (folder / "results.parquet").write_bytes(table[:100])
+    with pytest.raises(
+        InputError, match=r"finished run whose results.parquet is damaged|all checkpoints.*are damaged"
+    ) as e:
+        trained(folder, metric_epochs=3)
+    assert "--overwrite" not in str(e.value)
+    (folder / "results.parquet").write_bytes(table)
+    assert fingerprint(folder) == before
+
+
+def test_a_finished_runs_damaged_table_comes_from_its_checkpoint(finished, copy):
+    folder = copy(finished)
+    table = (folder / "results.parquet").read_bytes()
+    (folder / "results.parquet").write_bytes(table[:100])
+    trained(folder)
+    assert (folder / "results.parquet").read_bytes() == table
+
+
+def test_a_run_continued_under_other_code_says_so(unfinished, finished, copy):
+    folder, said = copy(unfinished), []
+    changed(folder, lambda held: held.update(code="0" * 64, commit=None))
+    run = trained(folder, said)
+    (sentence,) = [text for text in said if "other code" in text]
+    assert "plastic_jax 0.1.0" in sentence and "what is left is trained by this one" in sentence
+    (again,) = run.config["resumed"]
+    assert again["code"] == manifest.code() and again["plugins"] == []
+    assert "Begun by other code" in (folder / "report.html").read_text()
+    said.clear()
+    trained(folder, said)
+    assert not any("other code" in text for text in said)
+
+
+def test_states_of_another_layout_are_refused_in_a_sentence(unfinished, copy, monkeypatch):
+    folder = copy(unfinished)
+    before = fingerprint(folder)
+    for name, value in (("fingerprint", 1), ("fits", lambda self, arrays, host: False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan.ProgramPlan if name == "fingerprint" else program.ProgramRun, name, value)
+            with pytest.raises(InputError, match=r"unfinished run of other code \(.*laid out differently"):
+                trained(folder)
+        assert fingerprint(folder) == before
+
+
+def test_whether_states_fit_is_seen_leaf_by_leaf(unfinished, finished):
+    checkpoints = Checkpoints(unfinished / "checkpoints" / "run")
+    found = checkpoints.restore(print)
+    checkpoints.close()
+    assert found is not None
+    arrays, host = found[0], found[1]["program"]
+    sweep = Sweep.of(CONFIG)
+    study = trial.study(sweep, {"digits": data.spec("digits")}, EXPERIMENT.fresh)
+    (whole,) = plan.programs(study)
+    form = Formulation(**json.loads((unfinished / "plan.json").read_text())["programs"][0]["formulation"])
+    live = program.ProgramRun(whole, data.load("digits"), form, jax.local_devices(), 1, "ends")
+    assert live.fits(arrays, host)
+    name = sorted(arrays["state"])[0]
+    assert not live.fits({"state": {**arrays["state"], name: arrays["state"][name][:, :1]}}, host)
+    assert not live.fits({"state": {**arrays["state"], name: arrays["state"][name].astype("float64")}}, host)
+    assert not live.fits({"state": {n: v for n, v in arrays["state"].items() if n != name}}, host)
+    assert not live.fits(arrays, {**host, "slots": host["slots"][1:]})
+
+
+def test_an_analysis_that_was_broken_off_is_unfinished(finished, copy, monkeypatch):
+    folder = copy(finished)
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.page, "page", dies)
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, metric_epochs=4)
+    with pytest.raises(InputError, match="unfinished"):
+        _ = plastic_jax.load(folder).summary
+    run = trained(folder, metric_epochs=4)
+    assert run.finished and "pending" not in run.config["analysed"]
+    assert "Analysed again on" in (folder / "report.html").read_text() and "jax" in run.config["analysed"]["versions"]
+
+
+def test_load_refuses_what_it_cannot_read(finished, copy):
+    folder = copy(finished)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="`the command` rebuilds it from the checkpoint"):
+        plastic_jax.load(folder)
+    trained(folder)
+    index = folder / "checkpoints" / "kept" / "0" / "index.json"
+    for text in ("{", "3", '{"models": [[1]]}', '{"other": 1}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match=r"index.json is damaged"):
+            plastic_jax.load(folder).model(0)
+    changed(folder, lambda held: held.update(schema=99))
+    with pytest.raises(InputError, match="newer version of plastic_jax"):
+        plastic_jax.load(folder)
 
 
 def test_an_unfinished_run_says_so_and_how_to_go_on(unfinished, finished):
@@ -215,12 +335,13 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(unfinished, finished):
 def test_a_kept_model_has_the_runs_own_values(finished):
     point = plastic_jax.load(finished).model(0).point
     assert (point.seeds, point.metric_epochs, point.keep, point.width) == (3, 2, "ends", 8)
+    fresh = plastic_jax.load(finished).model(0).point
+    assert (fresh.warm_start_epochs, fresh.batch_stats, fresh.label_noise) == (0, "carry", 0.2)
     assert repr(plastic_jax.load(finished).model(0)) == "Kept(mlp, width 8, depth 1)"
 
 
 def test_the_default_folder_is_the_same_when_fields_are_added():
     from plastic_jax.running.runner import default_workdir
-    from plastic_jax.study.config import Sweep
 
     before = default_workdir("warm_start", Sweep.of(CONFIG))
     assert default_workdir("warm_start", Sweep.of({**CONFIG, "metric_epochs": 3})) == before

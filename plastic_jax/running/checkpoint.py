@@ -101,8 +101,8 @@ class Checkpoints:
                 )
         if steps:
             raise InputError(
-                f"--workdir: all checkpoints in {self.directory} are damaged; move them away to train again from the "
-                "start, or pass --overwrite."
+                f"--workdir: all checkpoints in {self.directory} are damaged: restore one of them, or name another "
+                "folder to train from the start; plastic_jax.load reads the table so far."
             )
         return None
 

@@ -1,6 +1,7 @@
 """The dry run: the whole plan in numbers, before anything is trained, as plan.json and as a table."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from plastic_jax.study.plan import ProgramPlan
 from plastic_jax.study.trial import TUNING_STREAM, Study
 from plastic_jax.train import calibration, costs
 from plastic_jax.train.choice import candidates, fitted, formulation
+from plastic_jax.train.idle import idle_share
 from plastic_jax.train.trial_axis import Formulation
 
 GIB = 2**30
@@ -46,17 +48,22 @@ def describe(
     device_memory_gib: float,
     imagined: bool = False,
     measure: bool = False,
+    began_with: Sequence[Formulation | None] = (),
 ) -> dict[str, Any]:
     """plan.json: trials, arms, programs, steps with and without sharing, FLOPs, memory, formulation.
 
     A given memory is a limit for the devices at hand, or, `imagined` on a CPU, an accelerator's that is not there.
     With `measure`, formulations are measured where that pays (`calibration.py`); without, what is remembered is taken.
+    A run that began with formulations, one a program, keeps them.
     """
     memory, source = device_memory(device_memory_gib)
     devices, backend = jax.local_device_count(), jax.default_backend()
     if imagined and device_memory_gib and backend == "cpu":
         devices, backend = 1, "accelerator"  # not there: planned by its costs alone
-    described = [_program(study, p, specs[p.point.dataset], memory, devices, backend, measure) for p in programs]
+    described = [
+        _program(study, p, specs[p.point.dataset], memory, devices, backend, measure, begun)
+        for p, begun in itertools.zip_longest(programs, began_with)
+    ]
     total = {
         key: sum(p[key] for p in described)
         for key in ("trials", "nodes", "steps", "steps_unshared", "examples", "flops", "flops_unshared")
@@ -86,23 +93,35 @@ def flops(config: Mapping[str, Any], fresh: Mapping[str, Any]) -> float:
 
 
 def _program(
-    study: Study, program: ProgramPlan, spec: DatasetSpec, memory: int, devices: int, backend: str, measure: bool
+    study: Study,
+    program: ProgramPlan,
+    spec: DatasetSpec,
+    memory: int,
+    devices: int,
+    backend: str,
+    measure: bool,
+    begun: Formulation | None,
 ) -> dict[str, Any]:
     point, sweep = program.point, study.sweep
     steps, unshared = program.shared_steps, program.unshared_steps
     evaluated = _evaluated(study, program, spec)
     cost = costs.costs(point, spec)
-    leaves = -(-program.leaves // devices)
-    rule = candidates(sweep, point, backend, leaves)[0]
-    ruled = formulation(rule, sweep, cost, leaves=program.leaves, memory=memory, devices=devices)
-    _check_memory(point, cost, ruled, memory, devices)
     flops = steps * cost.step_flops + evaluated * cost.evaluation_flops
-    choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
-    chosen, idle = fitted(choice.form, sweep, cost, program, memory=memory, devices=devices)
+    if begun:
+        share = idle_share(program, begun.slots, sweep.eval_every, begun.block, begun.devices(devices))
+        chosen, idle = begun, {str(begun.form): share}
+        choice = calibration.Choice(begun.form, "begun", f"{begun.form}: as the run began.", {}, 0.0)
+    else:
+        leaves = -(-program.leaves // devices)
+        rule = candidates(sweep, point, backend, leaves)[0]
+        ruled = formulation(rule, sweep, cost, leaves=program.leaves, memory=memory, devices=devices)
+        _check_memory(point, cost, ruled, memory, devices)
+        choice = calibration.choose(sweep, point, spec, flops, backend, leaves=leaves, measure=measure)
+        chosen, idle = fitted(choice.form, sweep, cost, program, memory=memory, devices=devices)
+        if chosen.form != choice.form:
+            narrowed = f"{choice.why.removesuffix('.')}; narrowed to {chosen.form}, for the memory or the plan."
+            choice = dataclasses.replace(choice, why=narrowed)
     used, needed = _check_memory(point, cost, chosen, memory, devices)
-    if chosen.form != choice.form:
-        narrowed = f"{choice.why.removesuffix('.')}; narrowed to {chosen.form}, for the memory or the plan."
-        choice = dataclasses.replace(choice, why=narrowed)
     return {
         **{name: getattr(point, name) for name in static_fields()},
         "interventions": list(program.interventions),
@@ -119,7 +138,7 @@ def _program(
         "steps_unshared": unshared,
         "examples": steps * point.batch_size,
         "step_flops": cost.step_flops,
-        "flops": steps * cost.step_flops + evaluated * cost.evaluation_flops,
+        "flops": flops,
         "flops_unshared": unshared * cost.step_flops + evaluated * cost.evaluation_flops * unshared / max(steps, 1),
         "bytes_per_trial": cost.trial_bytes,
         "bytes_per_device": needed,

@@ -16,7 +16,7 @@ from plastic_jax import models
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.results import tables
-from plastic_jax.running import workdir
+from plastic_jax.running import manifest, workdir
 from plastic_jax.study.config import FIELDS, Config
 
 
@@ -48,8 +48,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended; the same command continues one that has not."""
-        return (self.path / "summary.json").exists()
+        """Whether the run has ended and was analysed; the same command continues one that has not."""
+        return workdir.ended(self.path, self.config)
 
     def _unfinished(self, what: str) -> InputError:
         return InputError(
@@ -75,18 +75,27 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The whole config, command, versions, commit, device and trials."""
-        return workdir.read_json(self.path / "config.json")
+        """The whole config, command, versions, commit, device and trials.
+
+        Raises:
+          InputError: config.json is missing, damaged, or of a newer version.
+        """
+        held = workdir.read_config(self.path)
+        if held is None:
+            kept = workdir.of_checkpoint(self.path, lambda _: None)
+            command = f"`{kept['config']['command']}`" if kept else "the command that made it, run again,"
+            hint = "rebuilds it from the checkpoint" if kept else "rebuilds it where there is a checkpoint"
+            raise InputError(f"{self.path / 'config.json'} is missing or damaged: {command} {hint}.")
+        manifest.check_schema(held, self.path)
+        return held
 
     @cached_property
     def kept(self) -> dict[tuple[int, str], tuple[str, int]]:
         """Which models there are: (trial, stage) -> (folder, position in it)."""
         found = {}
         for index in sorted((self.path / "checkpoints" / "kept").glob("*/index.json")):
-            held = json.loads(index.read_text())
-            for k, names in enumerate(held["models"] if isinstance(held, dict) else held):
-                for trial, stage in names:
-                    found[int(trial), str(stage)] = (str(index.parent), k)
+            for k, names in enumerate(_models(index)[0]):
+                found |= {of: (str(index.parent), k) for of in names}
         return found
 
     def model(self, trial: int, stage: str = "tuning") -> Kept:
@@ -107,8 +116,9 @@ class Run:
         folder, k = self.kept[trial, stage]
         stacks = ocp.load(Path(folder) / "models")
         own = next(t["config"] for t in self.config["trials"] if t["trial"] == trial)
-        whole = {n: v for n, v in self.config["config"].items() if n in FIELDS and not FIELDS[n].swept}
-        point = Config(**whole, **{name: value for name, value in own.items() if value is not None and name in FIELDS})
+        one = {n: v for n, v in manifest.translated(self.config["config"]).items() if not isinstance(v, list)}
+        values = one | {name: value for name, value in manifest.translated(own).items() if value is not None}
+        point = Config(**{name: value for name, value in values.items() if name in FIELDS})
         if point.model not in models.MODELS:
             raise InputError(
                 f"model={point.model} of {self.path} is a plug-in's: register it with plastic_jax.register first."
@@ -116,20 +126,36 @@ class Run:
         spec = self.config["datasets"][point.dataset]
         network = models.network(point, tuple(spec["shape"]), spec["classes"], Form("mapped"))
         leaves = [np.asarray(stacks[name][k]) for name in sorted(stacks)]
-        if isinstance(json.loads((Path(folder) / "index.json").read_text()), list):
-            # Of a version that kept the kernels of convolutions as [h, w, I, O].
+        if not _models(Path(folder) / "index.json")[1]:
             leaves = [leaf.transpose(3, 0, 1, 2) if leaf.ndim == 4 else leaf for leaf in leaves]
         tree = jax.tree.unflatten(jax.tree.structure(network.shapes()), [jnp.asarray(leaf) for leaf in leaves])
         return Kept(network, tree["params"], tree["batch_stats"], point)
+
+
+def _models(index: Path) -> tuple[list[list[tuple[int, str]]], bool]:
+    """Of a file index.json: each kept model's trials and stages; whether kernels are [O, h, w, I], not [h, w, I, O].
+
+    An earlier version kept the latter.
+    """
+    try:
+        held = json.loads(index.read_text())
+        listed = held["models"] if isinstance(held, dict) else held
+        return [[(int(trial), str(stage)) for trial, stage in names] for names in listed], isinstance(held, dict)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{index} is damaged or unreadable ({type(error).__name__}): it says which models are beside it. "
+            "Restore it to read them; the table and the summary do not need it."
+        ) from None
 
 
 def load(path: str | os.PathLike[str]) -> Run:
     """Open a workdir.
 
     Raises:
-      InputError: it is no workdir.
+      InputError: it is no workdir, or one whose config.json is damaged or of a newer version.
     """
     found = Run(Path(path).absolute())
-    if not (found.path / "config.json").exists():
+    if not any((found.path / name).exists() for name in ("config.json", "checkpoints", "results.parquet")):
         raise InputError(f"{found.path} is no workdir of a run: it has no config.json.")
+    _ = found.config  # refuses what cannot be read
     return found

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from plastic_jax import backend
 from plastic_jax.data import Dataset
 from plastic_jax.errors import InputError
 from plastic_jax.study import plugins
-from plastic_jax.study.config import FIELDS, REPLACED, Sweep, canonical
+from plastic_jax.study.config import FIELDS, REPLACED, canonical
 from plastic_jax.study.trial import Study
 
 SCHEMA = 2
 """The version of a workdir's files; 1 if config.json names none."""
 PACKAGES = ("plastic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-TRAINED_BY = ("data", "kernels", "methods", "models", "study", "train", "streams.py")  # what can change a number
+TRAINED_BY = ("data", "kernels", "methods", "models", "study", "train", "backend.py", "streams.py")
+"""What can change a number of the results table; plug-ins are recorded beside it."""
 # Fields that may differ between a run and the same run asked for again: when checkpoints are written, ...
 UNESSENTIAL = ("checkpoint_minutes",)
 # ... and how what was trained is analysed.
@@ -64,13 +65,20 @@ def code() -> str:
     return total.hexdigest()
 
 
-def session(command: str) -> dict[str, Any]:
-    """What makes or resumes a run: command, versions, commit, device, date."""
+def used(study: Study) -> list[plugins.Registered]:
+    """The plug-ins that take part in a study; others may have been registered beside them."""
+    points = [arm.point for arm in study.arms]
+    return [entry for entry in plugins.REGISTERED if any(plugins.takes_part(entry, point) for point in points)]
+
+
+def session(command: str, used: Iterable[plugins.Registered]) -> dict[str, Any]:
+    """What makes or resumes a run: command, versions, commit, code, plug-ins, device, date."""
     return {
         "command": command or shlex.join(sys.argv),
         "versions": versions(),
         "commit": commit(),
         "code": code(),
+        "plugins": [dataclasses.asdict(entry) for entry in used],
         "device": backend.device(),
         "date": datetime.date.today().isoformat(),
     }
@@ -86,12 +94,13 @@ def crc(dataset: Dataset) -> int:
 
 def new(experiment: str, study: Study, sets: Mapping[str, Dataset], command: str) -> dict[str, Any]:
     """config.json of a new run."""
+    taking_part = used(study)
+    idle = {n for entry in plugins.REGISTERED if entry not in taking_part for n in plugins.declared(entry)}
     return {
         "schema": SCHEMA,
         "experiment": experiment,
-        "config": study.sweep.as_dict(),
-        "plugins": [dataclasses.asdict(found) for found in plugins.REGISTERED],
-        **session(command),
+        "config": {name: value for name, value in study.sweep.as_dict().items() if name not in idle},
+        **session(command, taking_part),
         "resumed": [],
         "datasets": {name: {**dataclasses.asdict(s.spec), "crc32": crc(s)} for name, s in sets.items()},
         "trials": trials(study),
@@ -103,22 +112,30 @@ def trials(study: Study) -> list[dict[str, Any]]:
     return [{"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)} for t in study.trials]
 
 
-def resumed(held: dict[str, Any], sweep: Sweep, command: str, training: bool) -> dict[str, Any]:
+def resumed(held: dict[str, Any], study: Study, command: str, training: bool) -> dict[str, Any]:
     """config.json of a run that is asked for again.
 
-    Other versions, another commit or device are added to `resumed` where something is still to be trained. Another
-    analysis takes the place of the one before.
+    What it is continued with is added to `resumed` where that differs from before and something is still to be trained.
+    Another analysis takes the place of the one before; that of a finished run is `pending` until its files are written.
     """
-    now, last = session(command), ([held] + held.get("resumed", []))[-1]
-    more = list(held.get("resumed", []))
-    if training and any(now[name] != last.get(name) for name in ("versions", "commit", "device")):
-        more.append(now)
-    found = {**held, "resumed": more}
-    analysis = {name: getattr(sweep, name) for name in ANALYSIS}
+    now, before = session(command, used(study)), last(held)
+    found = {**held, "resumed": list(held.get("resumed", []))}
+    if training and (
+        differing_code(before, now) or any(now[n] != before.get(n) for n in ("versions", "commit", "device"))
+    ):
+        found["resumed"].append(now)
+    analysis = {name: getattr(study.sweep, name) for name in ANALYSIS}
     if any(held["config"].get(name) != value for name, value in analysis.items()):
         found["config"] = {**held["config"], **analysis}
-        found["analysed"] = {**analysis, "date": now["date"], "commit": now["commit"]}
+    if found["config"] != held["config"] and not training:
+        found["analysed"] = {**analysis, **{n: now[n] for n in ("versions", "commit", "date")}, "pending": True}
     return found
+
+
+def analysed(held: dict[str, Any]) -> dict[str, Any]:
+    """config.json after the files of its analysis were written."""
+    by = {name: value for name, value in held.get("analysed", {}).items() if name != "pending"}
+    return {**held, "analysed": by} if by else held
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:
@@ -129,20 +146,15 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in config.items() if n not in REPLACED} | kept
 
 
-def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) -> None:
+def differing(held: dict[str, Any], config: dict[str, Any], experiment: str, path: Path) -> None:
     """Refuse another run than the one that is held.
 
     A field that is newer than the run counts as its default; one that exists no more must have had no effect.
 
     Raises:
       InputError: it is of another experiment or config, or of a newer version; the sentence names what differs.
-      KeyError, TypeError, AttributeError: `held` is no config.json.
     """
-    if held.get("schema", 1) > SCHEMA:
-        raise InputError(
-            f"--workdir={path} holds a run of a newer version of plastic_jax ({held['versions']['plastic_jax']}): "
-            "use that version, or name another folder."
-        )
+    check_schema(held, path)
     old, name = translated(held["config"]), held["experiment"]
     if name != experiment:
         raise InputError(f"--workdir={path} holds a run of {name}: name another folder, or pass --overwrite.")
@@ -162,15 +174,79 @@ def differing(held: Any, config: dict[str, Any], experiment: str, path: Path) ->
         )
 
 
-def changed_code(held: dict[str, Any]) -> str:
-    """A sentence if a finished run was made by other code than that at hand, else an empty one."""
-    last = ([held] + held.get("resumed", []))[-1]
-    if last.get("code") == code() or ("code" not in last and str(last.get("commit")).rstrip("+") == commit()):
-        return ""
+def check_schema(held: Mapping[str, Any], path: Path) -> None:
+    """Refuse files of a newer version.
+
+    Raises:
+      InputError: it is one.
+    """
+    if held.get("schema", 1) > SCHEMA:
+        raise InputError(
+            f"--workdir={path} holds a run of a newer version of plastic_jax ({held['versions']['plastic_jax']}): "
+            "use that version, or name another folder."
+        )
+
+
+def valid(held: Any) -> bool:
+    """Whether a JSON value is a config.json, of this version or an earlier one."""
+    kinds = {
+        "experiment": str, "config": dict, "command": str, "versions": dict, "device": str, "date": str,
+        "datasets": dict, "trials": list,
+    }  # fmt: skip
     return (
-        f"Trained by other code than that at hand (commit {held.get('commit')}, now {commit()}): its numbers stay as "
-        "they were. To train with this code, name another folder or pass --overwrite."
+        isinstance(held, dict)
+        and isinstance(held.get("schema", 1), int)
+        and all(isinstance(held.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(t, dict) and {"trial", "arm", "seed", "config"} <= t.keys() for t in held["trials"])
+        and isinstance(held.get("resumed", []), list)
+        and all(isinstance(s, dict) and {"versions", "device", "date"} <= s.keys() for s in held.get("resumed", []))
     )
+
+
+def last(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a run was last trained by."""
+    return [held, *held.get("resumed", [])][-1]
+
+
+def made_by(session: Mapping[str, Any]) -> str:
+    """The code of a session in words: its commit, or the package's version outside a checkout."""
+    commit, version = session.get("commit"), session["versions"].get("plastic_jax", "unknown")
+    return f"commit {commit}" if commit else f"plastic_jax {version}"
+
+
+def differing_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two sessions' code differs, a plug-in's included, where it can change a number."""
+
+    def sources(by: Mapping[str, Any]) -> set[tuple[Any, ...]]:
+        return {(p["kind"], p["name"], p["sha256"]) for p in by.get("plugins", [])}
+
+    if "code" not in before:  # of an earlier version, which held the commit alone
+        return str(before.get("commit")).rstrip("+") != now["commit"]
+    return before["code"] != now["code"] or sources(before) != sources(now)
+
+
+def changed_code(held: Mapping[str, Any], study: Study, finished: bool) -> str:
+    """A sentence if a run was made, or is continued, by other code than that at hand, else an empty one.
+
+    Args:
+      held: its config.json.
+      study: what is asked for.
+      finished: whether nothing is left to be trained.
+    """
+    now, before = session("", used(study)), last(held)
+    if not differing_code(before, now):
+        return ""
+    by, at_hand = made_by(before), made_by(now)
+    if by == at_hand:
+        by, at_hand = f"{by}, as it was", "changed since"
+    else:
+        at_hand = f"now {at_hand}"
+    if finished:
+        return (
+            f"Trained by other code than that at hand ({by}, {at_hand}): its numbers stay as they were. To train with "
+            "this code, name another folder or pass --overwrite."
+        )
+    return f"Begun by other code than that at hand ({by}, {at_hand}): what is left is trained by this one."
 
 
 def check_data(held: dict[str, Any], sets: Mapping[str, Dataset], path: Path) -> None:

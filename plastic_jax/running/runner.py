@@ -117,9 +117,19 @@ def run_experiment(of: Experiment, sweep: Sweep, options: Options, say: Callable
             workdir.write_json(path / "config.json", manifest.new(of.name, study, sets, options.command))
         else:
             manifest.check_data(held.config, sets, path)
-            formulations = workdir.formulations(held, path, len(programs))
+            formulations = held.formulations
             if held.rebuilt:
-                _rebuild(held, path, of, study, describe(study, programs, specs, options.device_memory_gib))
+                _rebuild(
+                    held,
+                    path,
+                    of,
+                    study,
+                    describe(study, programs, specs, options.device_memory_gib, began_with=formulations),
+                )
+                say(
+                    f"config.json or plan.json in {path} was missing or damaged; it was rebuilt, since the checkpoint "
+                    "agrees."
+                )
         Training(of, study, programs, formulations, sets, path, options, say).run(held is not None)
         return load(path)
 
@@ -135,8 +145,6 @@ def _say_plan(described: dict[str, Any], path: Path, say: Callable[[str], None])
 
 def _rebuild(held: workdir.Held, path: Path, of: Experiment, study: trial.Study, described: dict[str, Any]) -> None:
     """Write config.json and plan.json anew, from the command and from what the checkpoint says of them."""
-    for program, formulation in zip(described["programs"], held.formulations, strict=True):
-        program["formulation"] = formulation
     workdir.write_json(path / "plan.json", described)
     trials = manifest.trials(study)
     workdir.write_json(path / "config.json", {**held.config, "experiment": of.name, "trials": trials})

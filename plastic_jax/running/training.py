@@ -66,6 +66,17 @@ class Training:
         `going_on`: whether this continues an earlier run.
         """
         began = time.monotonic()
+        numbers = [t.trial for t in self.study.trials]
+        if going_on and workdir.trained(self.path, numbers):
+            self._go_on(training=False)
+            self._report(self._tracker())
+        else:
+            self._train_and_report(going_on)
+        whole = time.monotonic() - began
+        parts = ", ".join(f"{name} {seconds:.1f} s ({seconds / whole:.1%})" for name, seconds in self.spent.items())
+        self.say(f"Time:    {whole:.0f} s; of that {parts}.")
+
+    def _train_and_report(self, going_on: bool) -> None:
         checkpoints = Checkpoints(self.path / "checkpoints" / "run")
         tracker = self._tracker()
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -78,9 +89,16 @@ class Training:
             with self._spending("checkpoints and tables"):
                 checkpoints.close()
         self._report(tracker)
-        whole = time.monotonic() - began
-        parts = ", ".join(f"{name} {seconds:.1f} s ({seconds / whole:.1%})" for name, seconds in self.spent.items())
-        self.say(f"Time:    {whole:.0f} s; of that {parts}.")
+
+    def _go_on(self, training: bool) -> None:
+        """Say and write down what the run is continued or analysed by; `training`: whether something is left to do."""
+        now = manifest.resumed(self.config, self.study, self.options.command, training)
+        self.changed = manifest.changed_code(self.config, self.study, finished=not training)
+        if now != self.config:
+            self.config = now
+            workdir.write_json(self.path / "config.json", now)
+        if self.changed:
+            self.say(self.changed)
 
     def _tracker(self) -> Tracker:
         trials = [wandb_runs.Trial(**t) for t in self.config["trials"]]
@@ -103,53 +121,69 @@ class Training:
         host: dict[str, Any] = {"done": [], "program": None}
         if found:
             arrays, host = found
-        self.done += [_records(program) for program in host["done"]]
-        begun = str(self.config.get("commit"))
-        if None in self.formulations[len(self.done) :]:
+        elif going_on and (self.path / "summary.json").exists():
             raise InputError(
-                f"--workdir={self.path} holds an unfinished run of an earlier version (commit {begun}), whose states "
-                "are laid out differently: finish it with that version, or name another folder."
+                f"--workdir={self.path} holds a finished run whose results.parquet is damaged or missing, and no "
+                "checkpoint that has its content: restore one of them, or name another folder."
             )
+        self.done += [_records(program) for program in host["done"]]
+        begun = None  # the program that was being trained
         if going_on:
-            training = len(self.done) < len(self.programs)
-            now = manifest.resumed(self.config, self.study.sweep, self.options.command, training)
-            if now != self.config:
-                self.config = now
-                workdir.write_json(self.path / "config.json", now)
-            if not training:
-                self.changed = manifest.changed_code(self.config)
+            self._check_plan(host)
+            if host["program"] is not None:
+                begun = self._live(len(self.done))
+                if not begun.fits(arrays, host["program"]):
+                    raise self._other_layout()
+                begun.resume(arrays, host["program"])
+            self._go_on(training=len(self.done) < len(self.programs))
+        if found:
+            self._write_table(begun)
+            self.say(f"Continuing from the checkpoint in {checkpoints.directory}.")
+        elif going_on:
+            self.say(f"There is no checkpoint in {checkpoints.directory}: training starts at the beginning.")
         total = sum(p.shared_steps for p in self.programs)
         passed = sum(p.shared_steps for p in self.programs[: len(self.done)])
         bar = tqdm(
             total=total, initial=passed, unit=" steps", unit_scale=True, desc="training", smoothing=0.05,
             disable=not self.options.progress, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )  # fmt: skip
-        if found:
-            self._write_table()
-            self.say(f"Continuing from the checkpoint in {checkpoints.directory}.")
         with bar:
             for number in range(len(self.done), len(self.programs)):
-                program, formulation = self.programs[number], self.formulations[number]
-                assert formulation is not None
-                live = ProgramRun(
-                    program,
-                    self.sets[program.point.dataset],
-                    formulation,
-                    jax.local_devices(),
-                    self.study.sweep.eval_every,
-                    self.study.sweep.keep,
-                    self.say,
-                )
-                if host["program"] is not None:
-                    live.resume(arrays, host["program"])
-                    host["program"] = None
+                live, begun = begun or self._live(number), None
                 self._train_program(live, bar, passed, checkpoints, tracker)
                 self._keep(live, number)
                 self.done.append(live.records)
-                passed += program.shared_steps
+                passed += self.programs[number].shared_steps
                 self._save(checkpoints, None)
             bar.update(bar.total - bar.n)
         checkpoints.wait()
+
+    def _live(self, number: int) -> ProgramRun:
+        program, formulation = self.programs[number], self.formulations[number]
+        assert formulation is not None
+        return ProgramRun(
+            program,
+            self.sets[program.point.dataset],
+            formulation,
+            jax.local_devices(),
+            self.study.sweep.eval_every,
+            self.study.sweep.keep,
+            self.say,
+        )
+
+    def _check_plan(self, host: dict[str, Any]) -> None:
+        """Refuse to continue a run whose plan had other nodes, or whose states were laid out differently."""
+        nodes = host.get("manifest", {}).get("nodes")
+        other = len(self.formulations) != len(self.programs) or None in self.formulations[len(self.done) :]
+        if other or nodes not in (None, [program.fingerprint for program in self.programs]):
+            raise self._other_layout()
+
+    def _other_layout(self) -> InputError:
+        by = manifest.made_by(manifest.last(self.config))
+        return InputError(
+            f"--workdir={self.path} holds an unfinished run of other code ({by}), whose plan or states are laid out "
+            "differently: finish it with that version, or name another folder; plastic_jax.load reads its table so far."
+        )
 
     def _train_program(
         self, live: ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: Tracker
@@ -180,7 +214,7 @@ class Training:
         host = {
             "done": [sorted(records.items()) for records in self.done],
             "program": program,
-            "manifest": {"config": made, "formulations": forms},
+            "manifest": {"config": made, "formulations": forms, "nodes": [p.fingerprint for p in self.programs]},
         }
         with self._spending("checkpoints and tables"):
             checkpoints.save(arrays, host)
@@ -207,6 +241,7 @@ class Training:
 
     def _report(self, tracker: Tracker) -> None:
         begin = time.monotonic()
+        final = manifest.analysed(self.config)
         table = tables.read(self.path / "results.parquet")
         setting = rows.setting(self.study)
         summary = summaries.summary(table, setting)
@@ -222,17 +257,18 @@ class Training:
             setting=setting,
             figures=drawn,
             config=self.config["config"],
-            versions={**self.config["versions"], "commit": self.config["commit"] or "none"},
+            versions={**self.config["versions"], "commit": self.config.get("commit") or "none"},
             device=self.config["device"],
             command=self.config["command"],
             notes=self._notes(),
         )
+        if final != self.config:
+            self.config = final
+            workdir.write_json(self.path / "config.json", final)
         self.spent["report"] = time.monotonic() - begin
         with self._spending("W&B"):
             tracker.finish(table, summary)
         self.say("\n" + page.terminal_table(summary, setting))
-        if self.changed:
-            self.say(self.changed)
         self.say("Figures: " + ", ".join(str(f.path) for f in drawn) + f"\nReport:  {written}")
 
     def _subtitle(self) -> str:
@@ -248,9 +284,13 @@ class Training:
         device = self.config["device"]
         resumed = self.config.get("resumed", [])
         more = [
-            f"Resumed on {s['device']} on {s['date']}, jax {s['versions']['jax']}, commit {s['commit']}."
+            f"Resumed on {s['device']} on {s['date']}, jax {s['versions']['jax']}, {manifest.made_by(s)}."
             for s in resumed
         ]
+        if again := self.config.get("analysed"):
+            values = ", ".join(f"{name}={again[name]}" for name in manifest.ANALYSIS)
+            by = f", {manifest.made_by(again)}" if "versions" in again else ""
+            more.append(f"Analysed again on {again['date']} with {values}{by}.")
         return [f"Trained on {device} on {self.config['date']}.", *more, *filter(None, [self.changed])]
 
 

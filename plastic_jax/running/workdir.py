@@ -3,7 +3,7 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from plastic_jax.errors import InputError
 from plastic_jax.files import replace_file
+from plastic_jax.results import tables
 from plastic_jax.running import manifest
 from plastic_jax.running.checkpoint import Checkpoints
 from plastic_jax.study.config import Sweep
@@ -96,13 +97,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """A run that a folder holds: config.json, and the formulations of plan.json as they are written there.
+    """A run that a folder holds: config.json, and the formulations of plan.json; None for a program of an earlier form.
 
     `rebuilt`: one of them was missing or damaged, and comes from the checkpoint.
     """
 
     config: dict[str, Any]
-    formulations: list[dict[str, Any]]
+    formulations: Sequence[Formulation | None]
     rebuilt: bool = False
 
 
@@ -112,25 +113,19 @@ def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) 
     Raises:
       InputError: it holds another run, or files that neither say what they are nor have a checkpoint that does.
     """
-    config, plan = _json(path / "config.json"), _json(path / "plan.json")
-    try:
+    config, forms = read_config(path), _formulations(_json(path / "plan.json"))
+    if config is not None:
         manifest.differing(config, sweep.as_dict(), experiment, path)
-    except (TypeError, KeyError, AttributeError):
-        config = None
-    try:
-        written = [p["formulation"] for p in plan["programs"]]
-    except (TypeError, KeyError):
-        written = None
-    if config is not None and written is not None:
-        return Held(config, written)
-    kept = _of_checkpoint(path, say)
+    if config is not None and forms is not None:
+        return Held(config, forms)
+    kept = of_checkpoint(path, say)
     if kept is not None:
         manifest.differing(kept["config"], sweep.as_dict(), experiment, path)
-        say(f"config.json or plan.json in {path} was missing or damaged; it was rebuilt, since the checkpoint agrees.")
-        return Held(config or kept["config"], kept["formulations"], rebuilt=True)
+        forms = [Formulation(**form) for form in kept["formulations"]]
+        return Held(config or kept["config"], forms, rebuilt=True)
     left = [name for name in OWN if (path / name).exists() and name not in ("plan.json", "config.json")]
     if left:
-        names = [name for name, found in (("config.json", config), ("plan.json", written)) if found is None]
+        names = [name for name, found in (("config.json", config), ("plan.json", forms)) if found is None]
         raise InputError(
             f"--workdir={path} holds {', '.join(left)}, but no readable {' and no readable '.join(names)}, and no "
             "checkpoint that has their content: restore them, or name another folder."
@@ -138,19 +133,25 @@ def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) 
     return None  # it stopped before the first checkpoint: nothing was computed
 
 
-def formulations(found: Held, path: Path, count: int) -> list[Formulation | None]:
-    """The formulations that a run began with, which it keeps (contract 1); None for a run of an earlier version.
+def read_config(path: Path) -> dict[str, Any] | None:
+    """config.json of a folder, None where there is none or it is damaged."""
+    found = _json(path / "config.json")
+    return found if manifest.valid(found) else None
 
-    Raises:
-      InputError: they are not those of `count` programs.
-    """
-    made = [None if "trial_axis" in form else Formulation(**form) for form in found.formulations]
-    if len(made) != count:
-        raise InputError(
-            f"--workdir={path} holds a run of an earlier version, whose plan had other programs: read it with "
-            "plastic_jax.load, or name another folder."
-        )
-    return made
+
+def ended(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the run of a folder has ended and was analysed."""
+    return (path / "summary.json").exists() and not config.get("analysed", {}).get("pending")
+
+
+def trained(path: Path, trials: Collection[int]) -> bool:
+    """Whether the run of a folder had ended once, and its table is whole: it needs no checkpoint any more."""
+    if not (path / "summary.json").exists():
+        return False
+    try:
+        return set(tables.read(path / "results.parquet")["trial"]) == set(trials)
+    except InputError:
+        return False
 
 
 def _json(path: Path) -> Any:
@@ -160,8 +161,17 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _of_checkpoint(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """What the newest checkpoint says of its run."""
+def _formulations(plan: Any) -> list[Formulation | None] | None:
+    """Those of a plan.json, which a run keeps (contract 1); None for one that is damaged."""
+    try:
+        forms = [program["formulation"] for program in plan["programs"]]
+        return [None if "trial_axis" in form else Formulation(**form) for form in forms]
+    except (TypeError, KeyError):
+        return None
+
+
+def of_checkpoint(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """What the newest checkpoint says of its run: `config`, config.json but for the trials, and `formulations`."""
     folder = path / "checkpoints" / "run"
     if not folder.exists():
         return None

@@ -6,6 +6,7 @@ forest: ten warm-start lengths of a seed are one pretraining cut at ten places, 
 """
 
 import dataclasses
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,14 @@ class ProgramPlan:
         """Those that act in one of its stages, in the registry's order."""
         acting = {name for node in self.nodes for name in node.stage.acting}
         return tuple(name for name in INTERVENTIONS if name in acting)
+
+    @property
+    def fingerprint(self) -> int:
+        """CRC-32 over the nodes' lengths and how they hang together: a checkpoint names nodes by their numbers."""
+        nodes = [
+            (n.parent, n.stage.name, n.stage.size, n.first, n.last, n.trials, n.ends, n.served) for n in self.nodes
+        ]
+        return zlib.crc32(repr(nodes).encode())
 
     @property
     def mixes(self) -> bool:

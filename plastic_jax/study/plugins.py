@@ -22,7 +22,7 @@ from plastic_jax.methods.interventions import INTERVENTIONS, Intervention
 from plastic_jax.methods.optimisers import OPTIMISERS, Optimiser
 from plastic_jax.models import MODELS, Model
 from plastic_jax.registry import Registry
-from plastic_jax.study.config import FIELDS, add_fields
+from plastic_jax.study.config import FIELDS, Config, add_fields, diagnostics_named
 
 GROUP = "plastic_jax"  # of entry points
 _KINDS: tuple[tuple[type, Registry[Any]], ...] = (
@@ -81,11 +81,30 @@ def register(entry: Any, name: str | None = None) -> Any:
     return entry
 
 
+def declared(entry: Registered) -> tuple[str, ...]:
+    """The names of the fields that a plug-in declares."""
+    return tuple(getattr(_registry(entry)[entry.name], "fields", ()))
+
+
+def takes_part(entry: Registered, point: Config) -> bool:
+    """Whether a trial with these values is trained or measured by it."""
+    made = _registry(entry)[entry.name]
+    if isinstance(made, Intervention):
+        return made.active(point)
+    if isinstance(made, Diagnostic):
+        return entry.name in diagnostics_named(point.diagnostics)
+    return entry.name in (point.model, point.optimizer)
+
+
+def _registry(entry: Registered) -> Registry[Any]:
+    return next(registry for _, registry in _KINDS if registry.kind == entry.kind)
+
+
 def forget(name: str) -> None:
     """Take back what was registered under that name."""
     for found in [r for r in REGISTERED if r.name == name]:
-        registry = next(registry for _, registry in _KINDS if registry.kind == found.kind)
-        for field in getattr(registry[name], "fields", {}):
+        registry = _registry(found)
+        for field in declared(found):
             del FIELDS[field]
         registry.remove(name)
         REGISTERED.remove(found)

@@ -308,8 +308,19 @@ class ProgramRun:
             )
         return arrays, {"store": names, **self.schedule.snapshot()}
 
+    def fits(self, arrays: Tree, host: dict[str, Any]) -> bool:
+        """Whether a snapshot has states like this program's, leaf by leaf."""
+
+        def kinds(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], str]]:
+            return [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
+
+        own = [((self.formulation.slots, *shape), dtype) for shape, dtype in kinds(self.leaves)]
+        same = kinds(_listed(arrays["state"])) == own and len(host["slots"]) == len(self.slots)
+        stored = [((len(host["store"]), *shape), dtype) for shape, dtype in kinds(self.leaves)]
+        return same and (not host["store"] or kinds(_listed(arrays["store"])) == stored)
+
     def resume(self, arrays: Tree, host: dict[str, Any]) -> None:
-        """Continue from a snapshot of the same plan."""
+        """Continue from a snapshot of the same plan, which `fits`."""
         state = jax.tree.unflatten(self.structure, _listed(arrays["state"]))
         self._state = trial_axis.sharded(state, self.mesh)
         stacks = _listed(arrays.get("store", {}))
