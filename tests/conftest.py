@@ -14,8 +14,12 @@ from plastic_jax.registry import Registry
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The tests build the same few programs many times over; a cache of the session's own compiles each once.
-_COMPILED = tempfile.mkdtemp(prefix="plastic_jax-tests-")
+# The tests build the same few programs many times over; a cache of the session's own, which its workers share, compiles
+# each once.
+_OURS = "PLASTIC_JAX_TESTS_COMPILED" not in os.environ  # not a worker
+if _OURS:
+    os.environ["PLASTIC_JAX_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="plastic_jax-tests-")
+_COMPILED = os.environ["PLASTIC_JAX_TESTS_COMPILED"]
 jax.config.update("jax_compilation_cache_dir", _COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -35,4 +39,5 @@ def register() -> Iterator[Callable[[Registry, str, object], None]]:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_COMPILED, ignore_errors=True)
+    if _OURS:
+        shutil.rmtree(_COMPILED, ignore_errors=True)
