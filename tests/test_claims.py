@@ -510,7 +510,7 @@ def test_runs_that_cannot_be_judged_are_refused(finished, tmp_path):
     refused("unknown experiment, 'cold_start'", changed(finished, tmp_path / "cold", experiment="cold_start"))
     refused("unknown experiment, 'claims'", changed(finished, tmp_path / "claims", experiment="claims"))
     refused("unknown experiment, '../x'", changed(finished, tmp_path / "up", experiment="../x"))
-    refused("not of this version: it lacks 'datasets'", changed(finished, tmp_path / "old", datasets=None))
+    refused("config.json is missing, damaged or unreadable", changed(finished, tmp_path / "old", datasets=None))
     config = json.loads((finished / "config.json").read_text())["config"]
     refused("color is no field", changed(finished, tmp_path / "color", config={**config, "color": 1}))
     refused("it has other trials", changed(finished, tmp_path / "more", config={**config, "seeds": 4}))

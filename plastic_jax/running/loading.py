@@ -85,7 +85,7 @@ class Run:
             kept = workdir.of_checkpoint(self.path, lambda _: None)
             command = f"`{kept['config']['command']}`" if kept else "the command that made it, run again,"
             hint = "rebuilds it from the checkpoint" if kept else "rebuilds it where there is a checkpoint"
-            raise InputError(f"{self.path / 'config.json'} is missing or damaged: {command} {hint}.")
+            raise InputError(f"{self.path / 'config.json'} is missing, damaged or unreadable: {command} {hint}.")
         manifest.check_schema(held, self.path)
         return held
 
