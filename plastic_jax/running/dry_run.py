@@ -119,6 +119,7 @@ def _program(
         "steps_unshared": unshared,
         "examples": steps * point.batch_size,
         "step_flops": cost.step_flops,
+        "flops_leave_out": list(cost.unread),
         "flops": steps * cost.step_flops + evaluated * cost.evaluation_flops,
         "flops_unshared": unshared * cost.step_flops + evaluated * cost.evaluation_flops * unshared / max(steps, 1),
         "bytes_per_trial": cost.trial_bytes,
@@ -217,6 +218,9 @@ def table_of(described: Mapping[str, Any]) -> str:
         f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
         f"({d['device_memory']})."
     )
+    unread = dict.fromkeys(words for p in programs for words in p["flops_leave_out"])
+    if unread:
+        text.append(f"FLOPs are not known in full: {'; '.join(unread)}.")
     whys = [p["calibration"]["why"] for p in programs]
     alike = len(set(whys)) == 1
     text += [
