@@ -301,6 +301,27 @@ def test_what_cannot_be_counted_is_said():
         assert count.unread(jax.make_jaxpr(function)(jnp.ones(3)).jaxpr) == says
 
 
+class Searching(nn.Module):
+    """A network with a loop whose turns are known only as it runs."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        x = nn.Dense(8)(images.reshape(images.shape[0], -1))
+        largest = jax.lax.while_loop(lambda c: c.max() > 1, lambda c: c / 2, jax.lax.stop_gradient(x))
+        return nn.Dense(self.classes)(x + largest)
+
+
+def test_a_users_loop_of_unknown_length_is_said(register):
+    register(models.MODELS, "searching", models.Model(lambda _, classes: Searching(classes), plain=True))
+    found = costs(Config(model="searching", batch_size=8), spec("digits"))
+    assert found.unread == ("a while loop's body is counted once",)
+    assert costs(mlp(), spec("digits")).unread == () == costs(resnet(), spec("digits")).unread
+    _costs.cache_clear()
+
+
 class Recurrent(nn.Module):
     """One layer, 20 times, as a user may write it with layers of Flax's own."""
 

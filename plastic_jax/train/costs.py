@@ -217,6 +217,7 @@ class _Program:
         jaxpr, images = self._traced(forward, shape)
         bytes_entered = entered(jax.ShapeDtypeStruct(shape, jnp.uint8)).jaxpr
         self.evaluation_flops = count.flops(bytes_entered) + count.flops(jaxpr)
+        self.unread = tuple(dict.fromkeys((*self.unread, *count.unread(jaxpr))))
         self.alive = memory.most_alive(jaxpr, images)
 
     def _traced(self, forward: Any, shape: tuple[int, ...]) -> tuple[Any, list[bool]]:
