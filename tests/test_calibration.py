@@ -333,6 +333,18 @@ def test_the_plan_says_which_form_was_chosen_and_why():
     assert said.splitlines()[-1] == "Form: packed(4x1): by rule, for a device that is not there."
 
 
+def test_the_plan_says_what_its_flops_leave_out(monkeypatch):
+    """Never 0 in silence: in plan.json for each program, in the table once."""
+    assert "not known" not in dry_run.table_of(described(width=(8, 16)))
+    known = costs.costs
+    missing = ("ffi_call is not counted", "a while loop's body is counted once")
+    monkeypatch.setattr(costs, "costs", lambda *given: dataclasses.replace(known(*given), unread=missing))
+    found = described(width=(8, 16))
+    assert [program["flops_leave_out"] for program in found["programs"]] == [list(missing)] * 2
+    said = "FLOPs are not known in full: ffi_call is not counted; a while loop's body is counted once."
+    assert dry_run.table_of(found).splitlines().count(said) == 1
+
+
 def test_the_plan_says_that_the_memory_narrowed_the_form():
     cost = costs.costs(Config(), spec_of("cifar10"))
     (program,) = described(cost.device_bytes(2, 2) / GIB)["programs"]

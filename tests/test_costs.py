@@ -3,6 +3,7 @@
 import dataclasses
 
 import closed_forms
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.kernels import Form
 from plastic_jax.methods.optimisers import OPTIMISERS, Optimiser
 from plastic_jax.study.config import Config
-from plastic_jax.train import core, trial_axis
+from plastic_jax.train import core, count, trial_axis
 from plastic_jax.train.costs import _costs, _Program, costs
 from plastic_jax.train.state import Data, Sample, Sums
 
@@ -107,8 +108,11 @@ def test_resnet_18_takes_the_known_flops():
     # A third of the convolutions of a step, whose stem has no input gradient.
     assert found.evaluation_flops == pytest.approx(2.89e9 / 3, rel=0.01)
     assert found.dataset_bytes == 60_000 * (32 * 32 * 3 + 4)
-    # Three arrays for each of 614 400 outputs, and the images.
-    assert found.activation_bytes == 128 * 4 * (3 * 614_400 + 3072) + 3 * 4 * 50_000
+    # Each of 614 400 outputs, and the same less its mean; what the ReLUs give to convolutions, which is all but the
+    # shortcuts' outputs and the last block's; what the head takes; the images. And three vectors for each of 20 norms.
+    shortcuts, last, channels = 57_344, 8192, 5 * (64 + 128 + 256 + 512)
+    values = 2 * 614_400 + (614_400 - shortcuts - last) + 512 + 3072
+    assert found.step_bytes == 4 * (128 * values + 3 * channels) + 3 * 4 * 50_000 == found.activation_bytes
 
 
 def test_perceptron_takes_the_products_of_its_matrices():
@@ -147,7 +151,7 @@ def test_the_walk_finds_what_the_closed_forms_say(point, shape):
     found, closed = costs(point, of), closed_forms.tally(point, of)
     assert found.padded_step_flops == point.batch_size * closed.padded
     program = _Program(point.compiled(), of, ())
-    assert program.outputs == closed.outputs
+    assert program.outputs == point.batch_size * closed.outputs
     assert sum(p.inside for p in program.products) == point.batch_size * closed.products
     assert 0.85 < found.step_flops / closed_forms.step_flops(point, of) <= 1
     if point.width == 64:
@@ -227,14 +231,148 @@ def test_activations_follow_the_compute_dtype():
 
 def test_a_device_holds_its_slots_and_the_trials_that_compute():
     found = costs(mlp(), spec("digits"))
+    own, step = found.state_bytes + found.carried_bytes, found.carried_bytes
     alone = found.device_bytes(1, 1)
     assert alone == found.dataset_bytes + found.trial_bytes
-    assert found.device_bytes(9, 1) == alone + 8 * found.resident_bytes
-    copied = found.working_bytes - found.activation_bytes  # of the state, and gradients
-    rest = 8 * found.resident_bytes + 7 * copied
-    assert found.device_bytes(9, 8) == alone + rest + 8 * found.packed_bytes - found.activation_bytes
+    assert alone - found.dataset_bytes - own == max(step + found.step_bytes, found.activation_bytes)
+    # One more slot is one more state before and after; blocks that follow one another start from a slice.
+    assert found.device_bytes(9, 1) - found.device_bytes(8, 1) == own
+    assert found.device_bytes(9, 1) - alone == 8 * own + step
+    # A block of several keeps what those that are done have.
+    assert found.device_bytes(8, 8) == found.dataset_bytes + 8 * (own + 2 * step + found.packed_bytes)
+    assert found.device_bytes(16, 8) == found.dataset_bytes + 16 * own + 8 * (3 * step + found.packed_bytes)
     assert found.device_bytes(1, 8) == alone
-    assert 2 * found.state_bytes > found.resident_bytes > found.state_bytes
+    assert found.state_bytes > found.carried_bytes > 3 * 4 * found.parameters
+
+
+# What the walk has to know
+
+
+def flops_of(function, *shapes):
+    return count.flops(jax.make_jaxpr(function)(*(shape_of(shape, jnp.float32) for shape in shapes)).jaxpr)
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    def turn(x, w):
+        return jnp.maximum(x @ w, 0)
+
+    once = 2 * 16 * 8 * 8 + 16 * 8
+    assert flops_of(turn, (16, 8), (8, 8)) == once
+    assert flops_of(lambda x, w: jax.lax.scan(lambda c, _: (turn(c, w), None), x, None, 20)[0], (16, 8), (8, 8)) == (
+        20 * once
+    )
+    assert flops_of(lambda x, w: jax.lax.fori_loop(0, 20, lambda _, c: turn(c, w), x), (16, 8), (8, 8)) == (
+        20 * (once + 1)  # and the counter
+    )
+    nested = lambda x, w: jax.lax.scan(  # noqa: E731
+        lambda c, _: (jax.lax.scan(lambda d, _: (jax.jit(turn)(d, w), None), c, None, 3)[0], None), x, None, 5
+    )[0]
+    assert flops_of(nested, (16, 8), (8, 8)) == 15 * once
+    # A rematerialised product is computed forwards, again, and for two gradients.
+    again = jax.grad(lambda x, w: jax.checkpoint(lambda x, w: jnp.sin(x @ w))(x, w).sum(), (0, 1))
+    found = count.products(jax.make_jaxpr(again)(*(jnp.ones(shape) for shape in ((16, 8), (8, 4)))).jaxpr)
+    assert sum(one.inside * one.times for one in found) == pytest.approx(4 * 2 * 16 * 8 * 4, abs=2 * 16 * 8 * 4)
+    branches = lambda x, w: jax.lax.cond(x[0, 0] > 0, turn, lambda x, w: x, x, w)  # noqa: E731
+    assert once <= flops_of(branches, (16, 8), (8, 8)) <= once + 4
+
+
+def test_each_device_of_a_sharded_program_counts():
+    mesh = trial_axis.mesh(jax.devices()[:4])
+    sharded = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(jax.P("trials"), jax.P()), out_specs=jax.P("trials")
+    )
+    along, whole = (jax.NamedSharding(mesh, jax.P(*names)) for names in (("trials",), ()))
+    given = shape_of((16, 8), jnp.float32, along), shape_of((8, 8), jnp.float32, whole)
+    assert count.flops(jax.make_jaxpr(sharded)(*given).jaxpr) == 2 * 16 * 8 * 8
+
+
+def test_what_cannot_be_counted_is_said():
+    def until(x):
+        return jax.lax.while_loop(lambda c: c.sum() < 10, lambda c: c + 1, x)
+
+    def called(x):
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    for function, says in (
+        (until, ("a while loop's body is counted once",)),
+        (called, ("pure_callback is not counted",)),
+        (jnp.sin, ()),
+    ):
+        assert count.unread(jax.make_jaxpr(function)(jnp.ones(3)).jaxpr) == says
+
+
+class Searching(nn.Module):
+    """A network with a loop whose turns are known only as it runs."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        x = nn.Dense(8)(images.reshape(images.shape[0], -1))
+        largest = jax.lax.while_loop(lambda c: c.max() > 1, lambda c: c / 2, jax.lax.stop_gradient(x))
+        return nn.Dense(self.classes)(x + largest)
+
+
+def test_a_users_loop_of_unknown_length_is_said(register):
+    register(models.MODELS, "searching", models.Model(lambda _, classes: Searching(classes), plain=True))
+    found = costs(Config(model="searching", batch_size=8), spec("digits"))
+    assert found.unread == ("a while loop's body is counted once",)
+    assert costs(mlp(), spec("digits")).unread == () == costs(resnet(), spec("digits")).unread
+    _costs.cache_clear()
+
+
+class Recurrent(nn.Module):
+    """One layer, 20 times, as a user may write it with layers of Flax's own."""
+
+    classes: int
+    turns: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        x = nn.Dense(16)(images.reshape(images.shape[0], -1))
+        turn = nn.scan(
+            lambda layer, x, _: (nn.relu(layer(x)), None), variable_broadcast="params", split_rngs={"params": False},
+            length=self.turns,
+        )  # fmt: skip
+        x, _ = turn(nn.Dense(16, name="again"), x, None)
+        return nn.Dense(self.classes)(x)
+
+
+@pytest.mark.parametrize("turns", [1, 20])
+def test_a_users_loop_counts_as_often_as_it_runs(register, turns):
+    register(models.MODELS, "recurrent", models.Model(lambda _, classes: Recurrent(classes, turns), plain=True))
+    found = costs(Config(model="recurrent", batch_size=8), spec("digits"))
+    first, again, head = 64 * 16, 16 * 16, 16 * 10
+    products = 8 * 2 * (3 * (turns * again + head) + 2 * first)
+    assert found.padded_step_flops == products
+    assert 1 < found.step_flops / products < 2
+    _costs.cache_clear()
+
+
+def test_padded_taps_are_those_of_the_layer_itself():
+    """Two convolutions of equal FLOPs inside the image, one of them with padding."""
+    numbers = ("NHWC", "OHWI", "NHWC")
+
+    def both(x, y, v, w):
+        padded = jax.lax.conv_general_dilated(x, v, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+        inside = jax.lax.conv_general_dilated(y, w, (1, 1), ((0, 0), (0, 0)), dimension_numbers=numbers)
+        return padded.sum() + inside.sum()
+
+    # 4 x 4 pixels with 3 x 3 taps, of which 10 x 10 fall inside; and 10 x 10 pixels with one tap.
+    x, y, v, w = (jnp.ones(s) for s in ((2, 4, 4, 3), (2, 10, 10, 3), (5, 3, 3, 3), (5, 1, 1, 3)))
+    found = count.products(jax.make_jaxpr(jax.value_and_grad(both, (0, 1, 2, 3)))(x, y, v, w).jaxpr)
+    assert len({one.inside for one in found}) == 1
+    pair = 2 * 2 * 3 * 5
+    assert sum(one.padded for one in found) == 3 * pair * (12 * 12 + 10 * 10)
+
+
+def test_memory_is_that_of_the_program_not_of_the_configs_norm(register):
+    register(models.MODELS, "plain", models.Model(lambda _, classes: Recurrent(classes, 1), plain=True))
+    found = [costs(Config(model="plain", norm=norm), spec("digits")) for norm in ("none", "batch", "layer")]
+    assert len({(one.step_bytes, one.activation_bytes, one.packed_bytes, one.trial_bytes) for one in found}) == 1
+    _costs.cache_clear()
 
 
 # Against the compiler
@@ -290,6 +428,25 @@ def test_a_step_is_what_the_compiler_finds(point, shape, tolerance):
 @pytest.mark.parametrize(
     ("point", "shape"),
     [
+        (resnet(width=3, depth=3, batch_size=8, norm="layer", optimizer="momentum"), (7, 5, 2)),
+        (resnet(norm="none", optimizer="rmsprop", batch_size=32), SHAPES["digits"]),
+        (resnet(width=16, depth=2, optimizer="sgd"), SHAPES["cifar"]),
+        (mlp(norm="batch"), SHAPES["digits"]),
+        (mlp(norm="layer", optimizer="momentum"), SHAPES["fashion"]),
+    ],
+)
+def test_the_walk_counts_as_xlas_own_analysis_does(point, shape):
+    """On programs without loops, which XLA counts right, before it optimises them. Measured: 0 to 0.43 % more."""
+    of = DatasetSpec("noise", 128, 64, shape, 10)
+    made, state, stage, sample, data = arguments(point, of)
+    sums = Sums(shape_of((), made.dtype), shape_of(()), shape_of(()))
+    lowered = jax.jit(made.step).lower(state, sums, stage, sample, shape_of((point.batch_size,)), data)
+    assert costs(point, of).step_flops == pytest.approx(lowered.cost_analysis()["flops"], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("point", "shape"),
+    [
         (resnet(depth=2, batch_size=1), (7, 5, 2)),
         (resnet(norm="layer", batch_size=1), (12, 12, 1)),
         (mlp(norm="layer", batch_size=1), (8, 8, 1)),
@@ -325,3 +482,24 @@ def test_bytes_are_about_what_the_compiler_needs(point, of, form, slots):
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed += memory.temp_size_in_bytes
     assert 1 / ESTIMATE < found / needed < ESTIMATE
+
+
+@pytest.mark.parametrize("form", [MAPPED, Form("packed", 8)], ids=str)
+@pytest.mark.parametrize(
+    ("point", "shape"),
+    [
+        (mlp(norm="none", width=1024), "digits"),
+        (mlp(norm="batch", depth=2), "digits"),
+        (mlp(norm="layer", depth=3, width=20), "cifar"),
+        (mlp(norm="none", depth=1, optimizer="sgd"), "cifar"),
+        (mlp(norm="none", depth=2, width=1024, optimizer="momentum", batch_size=8), "digits"),
+    ],
+)
+def test_a_perceptrons_bytes_are_what_the_compiler_needs(point, shape, form):
+    """Without the data set, which is exact. Measured: 0.98 to 1.10 for 81 mapped programs, to 1.19 for 27 packed."""
+    of = spec(shape, train=2000, test=500)
+    found, slots = costs(point, of), 2 * form.block
+    memory = compiled_chunk(point, of, form, slots).memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed += memory.temp_size_in_bytes - found.dataset_bytes
+    assert 0.9 < (found.device_bytes(slots, form.block) - found.dataset_bytes) / needed < 1.15

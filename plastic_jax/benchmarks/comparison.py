@@ -5,6 +5,7 @@ processes of their own, one at a time, while JAX waits. A row's figure is the me
 smallest and largest. Rates of a large matrix product and of a copy, measured in the same rounds, are the yardsticks.
 """
 
+import bisect
 import concurrent.futures
 import dataclasses
 import statistics
@@ -104,8 +105,9 @@ def check(point: Config, trials: Sequence[int]) -> None:
     memory, _ = device_memory(0.0)
     cost, devices = costs.costs(point, SPECS[point.model]), jax.local_device_count()
     for count in trials:
-        if cost.device_bytes(-(-count // devices), 1) > memory:
-            most = max(0, int((memory - cost.dataset_bytes - cost.working_bytes) // cost.resident_bytes)) * devices
+        each = -(-count // devices)
+        if cost.device_bytes(each, 1) > memory:
+            most = bisect.bisect_right(range(1, each), memory, key=lambda slots: cost.device_bytes(slots, 1)) * devices
             raise InputError(
                 f"--config.trials={tuple(trials)} is not allowed: {count} trials of width {point.width} and batch "
                 f"{point.batch_size} do not fit {devices} x {memory / 2**30:.1f} GiB; at most {most} do."

@@ -139,6 +139,7 @@ def _program(
         "examples": steps * point.batch_size,
         "step_flops": cost.step_flops,
         "flops": flops,
+        "flops_leave_out": list(cost.unread),
         "flops_unshared": unshared * cost.step_flops + evaluated * cost.evaluation_flops * unshared / max(steps, 1),
         "bytes_per_trial": cost.trial_bytes,
         "bytes_per_device": needed,
@@ -236,6 +237,9 @@ def table_of(described: Mapping[str, Any]) -> str:
         f"Memory is an estimate, for {d['devices']} x {d['backend']} of {d['device_memory_bytes'] / GIB:.1f} GiB "
         f"({d['device_memory']})."
     )
+    unread = dict.fromkeys(words for p in programs for words in p["flops_leave_out"])
+    if unread:
+        text.append(f"FLOPs are not known in full: {'; '.join(unread)}.")
     whys = [p["calibration"]["why"] for p in programs]
     alike = len(set(whys)) == 1
     text += [

@@ -1,10 +1,10 @@
 """What a trial costs in FLOPs and bytes: read off its program, which is traced but neither compiled nor run.
 
-So it holds for any model and optimiser, also a user's own, and for a device that is not there. FLOPs are those of XLA's
-own analysis of the program as it is written: two for a multiply-add, only for the taps that fall inside the image, and
-one for an addition, comparison or selection of one value. XLA then fuses cheap operations into every consumer of their
-result, which computes them anew: the program that runs has up to a sixth more of them in the narrowest networks, and
-less than 1 % in a ResNet-18 (JAX 0.10.2; `tests/test_costs.py` has the bounds).
+So it holds for any model and optimiser, also a user's own, and for a device that is not there. FLOPs are counted by a
+walk over the program as it is written (`count.py`): two for a multiply-add, only for the taps that fall inside the
+image, and one for an addition, comparison or selection of one value. XLA then fuses cheap operations into every
+consumer of their result, which computes them anew: the program that runs has up to a sixth more of them in the
+narrowest networks, and less than 1 % in a ResNet-18 (JAX 0.10.2; `tests/test_costs.py` has the bounds).
 
 Bytes are estimates, but for state and data: the compiler decides what to keep.
 """
@@ -24,19 +24,15 @@ from plastic_jax.data import DatasetSpec, sampler
 from plastic_jax.kernels import Form
 from plastic_jax.methods.interventions import INTERVENTIONS
 from plastic_jax.study.config import Config
-from plastic_jax.train import core, count, inputs
+from plastic_jax.train import core, count, inputs, memory
 from plastic_jax.train.state import Data, Sample, Sums
 
-# Of each value that comes out of a convolution or linear layer before the head, so many wait for the backward pass:
-# itself and the activation; with BatchNorm the value less its mean, with LayerNorm that and the normalised one. Read
-# off programs that XLA compiled for a CPU.
-_KEPT = {"none": 2, "batch": 3, "layer": 4}
-# The same for packed blocks, read off programs that XLA compiled for an H100 (JAX 0.10.2): a norm's gradient is
-# computed from its input alone.
-_KEPT_PACKED = {"none": 1.6, "batch": 2.2, "layer": 2.2}
-_KEPT_LINEAR = 0.8  # of networks without convolutions
-# XLA repeats vectors to the size of an output ahead of a convolutional net's evaluation, but not LayerNorm's.
-_AHEAD = {"none": 5 / 3, "batch": 5 / 3, "layer": 1}
+# A packed block's step keeps so much of what a trial's step by itself does, but no more than so many times the outputs
+# of its layers: a norm's gradient is computed from its input alone (read off programs that XLA compiled for an H100,
+# JAX 0.10.2).
+_PACKED, _PACKED_MOST = 0.8, 2.2
+# XLA repeats some vectors to the size of an output ahead of a convolutional net's evaluation.
+_AHEAD = 1.25
 _SORT = 8  # int32 for each train example while an epoch's order is drawn: keys, numbers, their sorted copies
 _ORDERS = 3  # int32 for each train example while an epoch runs: the next order, and both orders in one array
 
@@ -57,32 +53,40 @@ class Costs:
     """Forward pass of one image in evaluation mode."""
     state_bytes: int
     """Exact: parameters, statistics, optimiser state, order, counters, and the view of the train set."""
+    carried_bytes: int
+    """Exact: the part of the state that a step may change, which is there before and after a chunk."""
     activation_bytes: int
     """Estimate: the temporaries of a step, of an evaluation batch or of drawing an order, whichever are most.
 
-    A step keeps for each layer what its backward pass needs (`_KEPT`). Counted in `compute_dtype`, which a
-    CPU does not honour: it computes bfloat16 through float32.
+    A step keeps what comes out of its layers, and what JAX keeps for the backward pass. Counted in `compute_dtype`,
+    which a CPU does not honour: it computes bfloat16 through float32.
     """
-    trial_bytes: int
-    """Estimate: all that one trial needs besides the data set. `resident_bytes` plus `working_bytes`."""
+    step_bytes: int
+    """Estimate: the temporaries of a step alone."""
     dataset_bytes: int
     """Exact: the resident data, once a device."""
-    resident_bytes: int
-    """A slot's share while any trial computes: its state before and after the chunk."""
-    working_bytes: int
-    """What a trial needs beside that while it computes: a copy of the state, gradients and activations."""
-
-    packed_bytes: int = 0
+    packed_bytes: int
     """Estimate: a trial's share of the temporaries of a block's step."""
-    between_bytes: int = 0
-    """Estimate: the temporaries of an evaluation batch or of drawing an order, whichever are more."""
-    expanded_bytes: int = 0
+    between_bytes: int
+    """Estimate: the temporaries of an evaluation batch or of drawing an order in a block of several trials."""
+    expanded_bytes: int
     """Estimate: a convolutional net's kernels in the type to compute in, of which a group of G trials side by side
     holds G times as much for each, zeros included."""
-    convolutional: bool = True
+    convolutional: bool
+    unread: tuple[str, ...]
+    """What the FLOPs leave out, in words."""
+
+    @property
+    def trial_bytes(self) -> int:
+        """Estimate: all that one trial needs besides the data set."""
+        return self.device_bytes(1, 1) - self.dataset_bytes
 
     def device_bytes(self, slots: int, together: int, group: int = 1) -> int:
         """Estimate of all that a device needs.
+
+        A slot holds its state before and after the chunk. What computes holds it once more; where blocks follow one
+        another, also the slice that it started from; and in a block of several trials also what those that are done
+        keep (measured: to 1 % of what XLA plans for wide perceptrons, for each optimiser).
 
         Args:
           slots: trials that are on the device.
@@ -90,19 +94,16 @@ class Costs:
           group: how many of these are side by side in the channels.
         """
         block = min(slots, together)
-        copied = self.working_bytes - self.activation_bytes  # of the state, and gradients
-        return self.dataset_bytes + slots * self.resident_bytes + block * copied + self.temporaries(block, group)
-
-    def temporaries(self, block: int, group: int) -> int:
-        """Estimate of what a block's step holds beside its trials' states."""
-        if block == 1:
-            return self.activation_bytes
-        return max(self.step_temporaries(block, group), block * self.between_bytes)
+        copies = 1 + (slots > block) + (block > 1)
+        step = block * copies * self.carried_bytes + self.step_temporaries(block, group)
+        between = self.activation_bytes if block == 1 else block * self.between_bytes
+        between += block * (copies - 1) * self.carried_bytes
+        return self.dataset_bytes + slots * (self.state_bytes + self.carried_bytes) + max(step, between)
 
     def step_temporaries(self, block: int, group: int) -> int:
-        """That of a training step alone."""
+        """Estimate of what a block's step holds beside its trials' states."""
         if block == 1:
-            return self.activation_bytes
+            return self.step_bytes
         return block * (self.packed_bytes + (group - 1) * self.expanded_bytes)
 
 
@@ -129,38 +130,35 @@ def _costs(point: Config, spec: DatasetSpec, acting: tuple[str, ...]) -> Costs:
         value = 8 if double else 4
         computed = {"float64": 8, "float32": 4, "bfloat16": 2}[point.compute_dtype]
         n, held_back = (leaf.shape[0] for leaf in (program.sample.permutation, program.sample.held_back))
-        carried, state = _bytes(program.state), _bytes((program.state, program.sample))
         moments = _bytes(program.state.optimiser)
 
-        training = batch * (_KEPT[point.norm] * program.outputs * computed + pixels * value) + 4 * _ORDERS * n
-        sizes = spec.test_examples, held_back, n
+        images = batch * pixels
+        training = (program.kept + program.outputs) * computed + images * value + 4 * _ORDERS * n
+        sizes = spec.test_examples, held_back
         evaluated, evenly = (
-            max(core.evaluation_batch(size, batch, packed) for size in sizes) for packed in (False, convolutional)
+            max(core.evaluation_batch(size, batch, packed) for size in sizes if size)
+            for packed in (False, convolutional)
         )
-        alive = int(program.alive * (_AHEAD[point.norm] if convolutional else 1))
+        alive = int(program.alive * (_AHEAD if convolutional else 1))
         image = alive * computed + pixels * value
-        evaluation, between = evaluated * image, evenly * image
-        activations = max(training, evaluation, 4 * _SORT * n)
-        kept = _KEPT_PACKED[point.norm] if convolutional else _KEPT_LINEAR
-        packed = int(batch * computed * (kept * program.outputs + pixels))
-        packed += 0 if convolutional else computed * parameters
-        resident, working = state + carried, state + value * parameters + activations
+        evaluation, between, sort = evaluated * image, evenly * image, 4 * _SORT * n
+        packed = min(_PACKED * (program.kept + program.outputs), _PACKED_MOST * program.outputs)
         return Costs(
             parameters=parameters,
             step_flops=program.step_flops,
             padded_step_flops=float(program.padded),
-            traffic_bytes=float(4 * batch * program.outputs * computed + 4 * value * parameters + 2 * moments),
+            traffic_bytes=float(4 * program.outputs * computed + 4 * value * parameters + 2 * moments),
             evaluation_flops=program.evaluation_flops,
-            state_bytes=state,
-            activation_bytes=activations,
-            trial_bytes=resident + working,
+            state_bytes=_bytes((program.state, program.sample)),
+            carried_bytes=_bytes(program.state),
+            activation_bytes=max(training, evaluation, sort),
+            step_bytes=training,
             dataset_bytes=(spec.train_examples + spec.test_examples) * (pixels + 4),
-            resident_bytes=resident,
-            working_bytes=working,
-            packed_bytes=packed,
-            between_bytes=max(between, 4 * _SORT * n),
+            packed_bytes=int(computed * (packed + images)),
+            between_bytes=max(between, sort),
             expanded_bytes=computed * parameters if convolutional else 0,
             convolutional=convolutional,
+            unread=program.unread,
         )
 
 
@@ -179,8 +177,10 @@ class _Program:
         whole, some = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (n, held_back))
         self.sample = Sample(whole, whole, whole, some)
         self.state = jax.eval_shape(lambda: one.init(jnp.uint32(0), n))
+        self._entered = kernels.of(one.network.form, 1, point.compute_dtype)
         self._step(one, point, spec, acting)
-        self._evaluation(one, spec)
+        self._training(one, (point.batch_size, *spec.shape))
+        self._evaluation(one, (1, *spec.shape))
 
     def _step(self, one: core.Core, point: Config, spec: DatasetSpec, acting: tuple[str, ...]) -> None:
         stage = jax.tree.map(lambda leaf: leaf[0], inputs.stages([None], point, np.dtype(one.dtype), acting))
@@ -193,33 +193,40 @@ class _Program:
         def step(state: Any, sums: Sums, sample: Sample, local: Any, data: Data) -> Any:
             return one.step(state, sums, stage, sample, local, data, state.memory)
 
-        traced = jax.jit(step).trace(state, sums, self.sample, local, Data(images, labels, images, labels))
-        self.step_flops = float((traced.lower().cost_analysis() or {}).get("flops", 0.0))
-        # A product and its gradients take the same taps inside; what there are with the padded ones, the first says.
-        forward = list(count.products(self._forward(one, (point.batch_size, *spec.shape), train=True)))
-        padded = {product.inside: product.padded for product in forward}
-        self.products = list(count.products(traced.jaxpr.jaxpr))
-        self.padded = sum(padded.get(product.inside, product.inside) for product in self.products)
-        self.outputs = sum(product.outputs for product in forward[:-1]) // point.batch_size
+        data = Data(images, labels, images, labels)
+        jaxpr = jax.make_jaxpr(step)(state, sums, self.sample, local, data).jaxpr
+        self.step_flops, self.unread = count.flops(jaxpr), count.unread(jaxpr)
+        self.products = count.products(jaxpr)
+        self.padded = sum(product.padded * product.times for product in self.products)
 
-    def _evaluation(self, one: core.Core, spec: DatasetSpec) -> None:
-        params, stats = self.state.params, self.state.batch_stats
-        images = jax.ShapeDtypeStruct((1, *spec.shape), jnp.uint8)
-        lowered = jax.jit(one.network.logits).lower(params, stats, images)
-        self.evaluation_flops = float((lowered.cost_analysis() or {}).get("flops", 0.0))
-        # The images themselves are counted apart: here they come as they enter the network.
-        entered = kernels.of(one.network.form, 1, one.point.compute_dtype).dtype
-        program = self._forward(one, (1, *spec.shape), train=False, kind=entered)
-        self.alive = count.most_alive(program, [k == len(program.invars) - 1 for k in range(len(program.invars))])
+    def _training(self, one: core.Core, shape: tuple[int, ...]) -> None:
+        """The forward pass in training, with what JAX keeps of it for the backward pass as its results."""
 
-    def _forward(self, one: core.Core, shape: tuple[int, ...], train: bool, kind: Any = jnp.uint8) -> Any:
-        def logits(params: Any, stats: Any, images: Any) -> Any:
-            return one.network.block(params, stats, images, train)[0]
+        def forward(params: Any, stats: Any, images: Any) -> Any:
+            return jax.vjp(lambda own: one.network.block(own, stats, images, True)[0], params)[1]
 
+        jaxpr, images = self._traced(forward, shape)
+        self.outputs = sum(product.outputs * product.times for product in count.products(jaxpr)[:-1])
+        self.kept = memory.kept(jaxpr, images)
+
+    def _evaluation(self, one: core.Core, shape: tuple[int, ...]) -> None:
+        def forward(params: Any, stats: Any, images: Any) -> Any:
+            return one.network.block(params, stats, images, False)[0]
+
+        entered = jax.make_jaxpr(lambda images: self._entered.enter(images).values)
+        jaxpr, images = self._traced(forward, shape)
+        bytes_entered = entered(jax.ShapeDtypeStruct(shape, jnp.uint8)).jaxpr
+        self.evaluation_flops = count.flops(bytes_entered) + count.flops(jaxpr)
+        self.unread = tuple(dict.fromkeys((*self.unread, *count.unread(jaxpr))))
+        self.alive = memory.most_alive(jaxpr, images)
+
+    def _traced(self, forward: Any, shape: tuple[int, ...]) -> tuple[Any, list[bool]]:
+        """The jaxpr for a block of one trial, and which of its arguments are the images: as they enter the network."""
         stacked = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), (self.state.params, self.state.batch_stats)
         )
-        return jax.make_jaxpr(logits)(*stacked, jax.ShapeDtypeStruct((1, *shape), kind)).jaxpr
+        jaxpr = jax.make_jaxpr(forward)(*stacked, jax.ShapeDtypeStruct((1, *shape), self._entered.dtype)).jaxpr
+        return jaxpr, [n == len(jaxpr.invars) - 1 for n in range(len(jaxpr.invars))]
 
 
 def _bytes(tree: Any) -> int:
