@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -36,6 +37,24 @@ def register() -> Iterator[Callable[[Registry, str, object], None]]:
     yield add
     for registry, name in added:
         registry.remove(name)
+
+
+@pytest.fixture
+def tfds_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TFDS's folder: one of its own for each test."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return tmp_path / "tfds"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Official sizes of a few examples, so that tests can write whole files."""
+    from small_data import SMALL
+
+    from plastic_jax.data import originals
+
+    for name, spec in SMALL.items():
+        monkeypatch.setitem(originals.SPECS, name, spec)
 
 
 def pytest_unconfigure() -> None:
