@@ -29,6 +29,7 @@ print(faults() - before)
 """
 
 
+# What is tested sets limits of glibc's allocator; another C library has none of them, and `keep_memory` does nothing.
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept_for_its_next_use():
     """128 MiB are 64 huge pages at least: without it the kernel hands them out anew each time."""

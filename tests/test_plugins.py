@@ -137,6 +137,9 @@ def test_one_that_takes_no_part_is_not_needed_again(tmp_path, forgetting):
     plugins.load([str(file)])
     run = trained(tmp_path / "run", [], diagnostics="largest_weight")
     assert [p["name"] for p in run.config["plugins"]] == ["largest_weight"] and "clip" not in run.config["config"]
+    for _ in range(2):  # a value without effect is the run's all the same
+        other = trained(tmp_path / "other", [], clip_interval=5)
+    assert other.config["config"]["clip_interval"] == 5 and "clip" not in other.config["config"]
     for name in ("weight_clipping", "lion", "my_net"):
         plugins.forget(name)
     said: list[str] = []
@@ -173,8 +176,10 @@ def test_one_that_has_changed_since_is_said(tmp_path, forgetting):
         (IDEA.replace('"clip":', '"width":').replace("view.clip", "view.width"), ["'width'", "exists already"]),
         (IDEA.replace('"largest_weight", "', '"test_loss", "'), ["'test_loss'", "exists already"]),
         (IDEA.replace("off=0.0", "high=1.0"), ["weight_clipping", "off"]),
+        (IDEA.replace("def at_interval(", "def on_interval("), ["weight_clipping", "does nothing", "at_interval"]),
+        (IDEA.replace("def measure(", "def measured("), ["LargestWeight", "does not define measure"]),
     ],
-    ids=["missing", "import", "syntax", "nothing", "twice", "field", "column", "off"],
+    ids=["missing", "import", "syntax", "nothing", "twice", "field", "column", "off", "no hook", "no measure"],
 )
 def test_what_cannot_take_part_is_one_sentence(text, words, tmp_path, forgetting):
     file = tmp_path / "idea.py"

@@ -120,9 +120,26 @@ def test_a_field_that_there_is_no_more_is_named(finished, copy):
 
 def test_a_newer_schema_is_refused(finished, copy):
     folder = copy(finished)
-    changed(folder, lambda held: held.update(schema=99))
-    with pytest.raises(InputError, match="newer version of plastic_jax"):
+    for text in (None, '{"schema": 99}'):  # whatever else it has
+        changed(folder, lambda held: held.update(schema=99)) if text is None else (folder / "config.json").write_text(
+            text
+        )
+        before = fingerprint(folder)
+        for ask in (lambda: trained(folder), lambda: plastic_jax.load(folder)):
+            with pytest.raises(InputError, match=r"newer version of plastic_jax.*schema 99"):
+                ask()
+        assert fingerprint(folder) == before
+
+
+def test_a_description_of_another_plan_is_not_rebuilt(unfinished, copy, monkeypatch):
+    folder = copy(unfinished)
+    (folder / "plan.json").unlink()
+    before = fingerprint(folder)
+    real = plan.programs
+    monkeypatch.setattr(plan, "programs", lambda study: real(study) * 2)
+    with pytest.raises(InputError, match="laid out differently"):
         trained(folder)
+    assert fingerprint(folder) == before
 
 
 def test_a_column_that_is_new_is_null(finished, copy):

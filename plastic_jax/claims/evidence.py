@@ -69,10 +69,8 @@ def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None])
       InputError: it is no workdir, of an unknown experiment, not finished, or its files contradict each other.
     """
     run = loading.load(path)
-    if not (run.path / "summary.json").exists():
-        raise InputError(
-            f"{run.path} is not a finished run: it has no summary.json; run its command again to finish it."
-        )
+    if not run.finished:
+        raise InputError(f"{run.path} is not a finished run: run its command again to finish it.")
     try:
         name, config = run.config["experiment"], run.config["config"]
         specs = {

@@ -86,7 +86,6 @@ class Run:
             command = f"`{kept['config']['command']}`" if kept else "the command that made it, run again,"
             hint = "rebuilds it from the checkpoint" if kept else "rebuilds it where there is a checkpoint"
             raise InputError(f"{self.path / 'config.json'} is missing, damaged or unreadable: {command} {hint}.")
-        manifest.check_schema(held, self.path)
         return held
 
     @cached_property

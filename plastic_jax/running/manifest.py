@@ -18,7 +18,7 @@ from plastic_jax import backend
 from plastic_jax.data import Dataset
 from plastic_jax.errors import InputError
 from plastic_jax.study import plugins
-from plastic_jax.study.config import FIELDS, REPLACED, canonical
+from plastic_jax.study.config import FIELDS, REPLACED, Sweep, canonical
 from plastic_jax.study.trial import Study
 
 SCHEMA = 2
@@ -95,11 +95,12 @@ def crc(dataset: Dataset) -> int:
 def new(experiment: str, study: Study, sets: Mapping[str, Dataset], command: str) -> dict[str, Any]:
     """config.json of a new run."""
     taking_part = used(study)
-    idle = {n for entry in plugins.REGISTERED if entry not in taking_part for n in plugins.declared(entry)}
+    idle = {name for entry in plugins.REGISTERED if entry not in taking_part for name in plugins.declared(entry)}
+    config = study.sweep.as_dict()
     return {
         "schema": SCHEMA,
         "experiment": experiment,
-        "config": {name: value for name, value in study.sweep.as_dict().items() if name not in idle},
+        "config": {n: v for n, v in config.items() if n not in idle or v != FIELDS[n].default},
         **session(command, taking_part),
         "resumed": [],
         "datasets": {name: {**dataclasses.asdict(s.spec), "crc32": crc(s)} for name, s in sets.items()},
@@ -112,19 +113,19 @@ def trials(study: Study) -> list[dict[str, Any]]:
     return [{"trial": t.trial, "arm": t.arm, "seed": t.seed, "config": canonical(t.point)} for t in study.trials]
 
 
-def resumed(held: dict[str, Any], study: Study, command: str, training: bool) -> dict[str, Any]:
-    """config.json of a run that is asked for again.
+def resumed(held: dict[str, Any], now: dict[str, Any], sweep: Sweep, training: bool) -> dict[str, Any]:
+    """config.json of a run that is asked for again, in the session `now`.
 
     What it is continued with is added to `resumed` where that differs from before and something is still to be trained.
     Another analysis takes the place of the one before; that of a finished run is `pending` until its files are written.
     """
-    now, before = session(command, used(study)), last(held)
+    before = last(held)
     found = {**held, "resumed": list(held.get("resumed", []))}
     if training and (
         differing_code(before, now) or any(now[n] != before.get(n) for n in ("versions", "commit", "device"))
     ):
         found["resumed"].append(now)
-    analysis = {name: getattr(study.sweep, name) for name in ANALYSIS}
+    analysis = {name: getattr(sweep, name) for name in ANALYSIS}
     if any(held["config"].get(name) != value for name, value in analysis.items()):
         found["config"] = {**held["config"], **analysis}
     if found["config"] != held["config"] and not training:
@@ -152,9 +153,8 @@ def differing(held: dict[str, Any], config: dict[str, Any], experiment: str, pat
     A field that is newer than the run counts as its default; one that exists no more must have had no effect.
 
     Raises:
-      InputError: it is of another experiment or config, or of a newer version; the sentence names what differs.
+      InputError: it is of another experiment or config; the sentence names what differs.
     """
-    check_schema(held, path)
     old, name = translated(held["config"]), held["experiment"]
     if name != experiment:
         raise InputError(f"--workdir={path} holds a run of {name}: name another folder, or pass --overwrite.")
@@ -180,10 +180,11 @@ def check_schema(held: Mapping[str, Any], path: Path) -> None:
     Raises:
       InputError: it is one.
     """
-    if held.get("schema", 1) > SCHEMA:
+    schema = held.get("schema", 1)
+    if isinstance(schema, int) and schema > SCHEMA:
         raise InputError(
-            f"--workdir={path} holds a run of a newer version of plastic_jax ({held['versions']['plastic_jax']}): "
-            "use that version, or name another folder."
+            f"--workdir={path} holds a run of a newer version of plastic_jax (its files have schema {schema}, this one "
+            f"reads up to {SCHEMA}): use that version, or name another folder."
         )
 
 
@@ -225,28 +226,35 @@ def differing_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return before["code"] != now["code"] or sources(before) != sources(now)
 
 
-def changed_code(held: Mapping[str, Any], study: Study, finished: bool) -> str:
+def changed_code(held: Mapping[str, Any], now: Mapping[str, Any], finished: bool) -> str:
     """A sentence if a run was made, or is continued, by other code than that at hand, else an empty one.
 
     Args:
       held: its config.json.
-      study: what is asked for.
+      now: the session in which it is asked for.
       finished: whether nothing is left to be trained.
     """
-    now, before = session("", used(study)), last(held)
+    before = last(held)
     if not differing_code(before, now):
         return ""
-    by, at_hand = made_by(before), made_by(now)
-    if by == at_hand:
-        by, at_hand = f"{by}, as it was", "changed since"
-    else:
-        at_hand = f"now {at_hand}"
+    by, at_hand = made_by(before), f"now {made_by(now)}"
+    if made_by(now) == by:
+        at_hand = "changed since"
     if finished:
         return (
             f"Trained by other code than that at hand ({by}, {at_hand}): its numbers stay as they were. To train with "
             "this code, name another folder or pass --overwrite."
         )
     return f"Begun by other code than that at hand ({by}, {at_hand}): what is left is trained by this one."
+
+
+def other_layout(held: Mapping[str, Any], path: Path) -> InputError:
+    """The sentence for a run that this code cannot continue."""
+    return InputError(
+        f"--workdir={path} holds an unfinished run of other code ({made_by(last(held))}), whose plan or states are "
+        "laid out differently: finish it with that version, or name another folder; plastic_jax.load reads its table "
+        "so far."
+    )
 
 
 def check_data(held: dict[str, Any], sets: Mapping[str, Dataset], path: Path) -> None:

@@ -119,13 +119,10 @@ def run_experiment(of: Experiment, sweep: Sweep, options: Options, say: Callable
             manifest.check_data(held.config, sets, path)
             formulations = held.formulations
             if held.rebuilt:
-                _rebuild(
-                    held,
-                    path,
-                    of,
-                    study,
-                    describe(study, programs, specs, options.device_memory_gib, began_with=formulations),
-                )
+                if len(formulations) != len(programs):
+                    raise manifest.other_layout(held.config, path)
+                described = describe(study, programs, specs, options.device_memory_gib, began_with=formulations)
+                _rebuild(held, path, of, study, described)
                 say(
                     f"config.json or plan.json in {path} was missing or damaged; it was rebuilt, since the checkpoint "
                     "agrees."

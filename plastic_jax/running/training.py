@@ -48,6 +48,7 @@ class Training:
     ):
         self.of, self.study, self.programs, self.formulations = of, study, programs, formulations
         self.sets, self.path, self.options, self.say = sets, path, options, say
+        self.fingerprints = [program.fingerprint for program in programs]
         self.done: list[Records] = []  # of finished programs
         self.stop: int | None = None
         self.changed = ""  # what is said where the code has changed since
@@ -92,8 +93,9 @@ class Training:
 
     def _go_on(self, training: bool) -> None:
         """Say and write down what the run is continued or analysed by; `training`: whether something is left to do."""
-        now = manifest.resumed(self.config, self.study, self.options.command, training)
-        self.changed = manifest.changed_code(self.config, self.study, finished=not training)
+        session = manifest.session(self.options.command, manifest.used(self.study))
+        self.changed = manifest.changed_code(self.config, session, finished=not training)
+        now = manifest.resumed(self.config, session, self.study.sweep, training)
         if now != self.config:
             self.config = now
             workdir.write_json(self.path / "config.json", now)
@@ -133,7 +135,7 @@ class Training:
             if host["program"] is not None:
                 begun = self._live(len(self.done))
                 if not begun.fits(arrays, host["program"]):
-                    raise self._other_layout()
+                    raise manifest.other_layout(self.config, self.path)
                 begun.resume(arrays, host["program"])
             self._go_on(training=len(self.done) < len(self.programs))
         if found:
@@ -175,15 +177,8 @@ class Training:
         """Refuse to continue a run whose plan had other nodes, or whose states were laid out differently."""
         nodes = host.get("manifest", {}).get("nodes")
         other = len(self.formulations) != len(self.programs) or None in self.formulations[len(self.done) :]
-        if other or nodes not in (None, [program.fingerprint for program in self.programs]):
-            raise self._other_layout()
-
-    def _other_layout(self) -> InputError:
-        by = manifest.made_by(manifest.last(self.config))
-        return InputError(
-            f"--workdir={self.path} holds an unfinished run of other code ({by}), whose plan or states are laid out "
-            "differently: finish it with that version, or name another folder; plastic_jax.load reads its table so far."
-        )
+        if other or nodes not in (None, self.fingerprints):
+            raise manifest.other_layout(self.config, self.path)
 
     def _train_program(
         self, live: ProgramRun, bar: Any, passed: int, checkpoints: Checkpoints, tracker: Tracker
@@ -214,7 +209,7 @@ class Training:
         host = {
             "done": [sorted(records.items()) for records in self.done],
             "program": program,
-            "manifest": {"config": made, "formulations": forms, "nodes": [p.fingerprint for p in self.programs]},
+            "manifest": {"config": made, "formulations": forms, "nodes": self.fingerprints},
         }
         with self._spending("checkpoints and tables"):
             checkpoints.save(arrays, host)

@@ -111,9 +111,11 @@ def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) 
     """The run that the folder holds, which is the one asked for; None where it holds none.
 
     Raises:
-      InputError: it holds another run, or files that neither say what they are nor have a checkpoint that does.
+      InputError: it holds another run or one of a newer version, or files that neither say what they are nor have a
+        checkpoint that does.
     """
-    config, forms = read_config(path), _formulations(_json(path / "plan.json"))
+    plan = _json(path / "plan.json")
+    config, forms = read_config(path), _formulations(plan.get("programs") if isinstance(plan, dict) else None)
     if config is not None:
         manifest.differing(config, sweep.as_dict(), experiment, path)
     if config is not None and forms is not None:
@@ -121,7 +123,9 @@ def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) 
     kept = of_checkpoint(path, say)
     if kept is not None:
         manifest.differing(kept["config"], sweep.as_dict(), experiment, path)
-        forms = [Formulation(**form) for form in kept["formulations"]]
+        forms = _formulations([{"formulation": form} for form in kept["formulations"]])
+        if forms is None:
+            raise manifest.other_layout(kept["config"], path)
         return Held(config or kept["config"], forms, rebuilt=True)
     left = [name for name in OWN if (path / name).exists() and name not in ("plan.json", "config.json")]
     if left:
@@ -134,8 +138,14 @@ def held(path: Path, sweep: Sweep, experiment: str, say: Callable[[str], None]) 
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """config.json of a folder, None where there is none or it is damaged."""
+    """config.json of a folder, None where there is none or it is damaged.
+
+    Raises:
+      InputError: it is of a newer version.
+    """
     found = _json(path / "config.json")
+    if isinstance(found, dict):
+        manifest.check_schema(found, path)
     return found if manifest.valid(found) else None
 
 
@@ -161,10 +171,10 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _formulations(plan: Any) -> list[Formulation | None] | None:
-    """Those of a plan.json, which a run keeps (contract 1); None for one that is damaged."""
+def _formulations(programs: Any) -> list[Formulation | None] | None:
+    """Those of a plan.json's programs, which a run keeps (contract 1); None where they are damaged."""
     try:
-        forms = [program["formulation"] for program in plan["programs"]]
+        forms = [program["formulation"] for program in programs]
         return [None if "trial_axis" in form else Formulation(**form) for form in forms]
     except (TypeError, KeyError):
         return None

@@ -19,6 +19,7 @@ from plastic_jax.errors import InputError
 from plastic_jax.fields import Field
 from plastic_jax.methods.diagnostics import DIAGNOSTICS, Diagnostic
 from plastic_jax.methods.interventions import INTERVENTIONS, Intervention
+from plastic_jax.methods.interventions.base import IN_STEPS
 from plastic_jax.methods.optimisers import OPTIMISERS, Optimiser
 from plastic_jax.models import MODELS, Model
 from plastic_jax.registry import Registry
@@ -62,6 +63,8 @@ def register(entry: Any, name: str | None = None) -> Any:
     Raises:
       InputError: it is none of these, its name or one of its fields is taken, or a field is of a kind that it can't be.
     """
+    if lacking := getattr(entry, "__abstractmethods__", ()) if isinstance(entry, type) else ():
+        raise InputError(f"{entry.__name__} cannot be registered: it does not define {', '.join(sorted(lacking))}.")
     made = entry() if isinstance(entry, type) else entry
     registry = next((registry for kind, registry in _KINDS if isinstance(made, kind)), None)
     if registry is None:
@@ -165,6 +168,8 @@ def _check_fields(owner: str, made: Any, fields: dict[str, Field]) -> None:
             raise InputError(f"{owner} declares the dynamic field {name!r}, whose default must be a number.")
     if isinstance(made, Intervention) and not any(field.off is not None for field in fields.values()):
         raise InputError(f"{owner} declares no field with an `off`: nothing would tell when it acts.")
+    if isinstance(made, Intervention) and not (made.in_steps or made.does("at_start")):
+        raise InputError(f"{owner} does nothing: it defines none of at_start, {', '.join(IN_STEPS)}.")
 
 
 def _check_columns(owner: str, columns: Iterable[Any]) -> None:
