@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -12,6 +13,9 @@ import jax
 import pytest
 
 from plastic_jax.registry import Registry
+
+if TYPE_CHECKING:
+    from wandb_server import Server
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -55,6 +59,33 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, spec in SMALL.items():
         monkeypatch.setitem(originals.SPECS, name, spec)
+
+
+@pytest.fixture
+def without_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For W&B: no key, no settings and no server but those that a test names."""
+    from wandb_server import NOBODY
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Server]":
+    """A server of W&B's on this machine, with a key."""
+    from wandb_server import KEY, Server
+
+    server = Server()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield server
+    server.stop()
 
 
 def pytest_unconfigure() -> None:

@@ -1,21 +1,15 @@
 """The contracts of a run, each with the equality that it names (docs/contracts.md)."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiler import needs_compiler
 
 from plastic_jax.data import sampler
-from plastic_jax.errors import InputError
-from plastic_jax.kernels import Form, library
-from plastic_jax.results import settings, summaries, tables
+from plastic_jax.kernels import library
 from plastic_jax.study import plan
-from plastic_jax.study.config import Config
-from plastic_jax.train import core
 from plastic_jax.train.trial_axis import Formulation
-
-needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +105,8 @@ def test_a_run_with_snapshots_equals_one_without(reference):
 
 
 # A ResNet's forms agree in float64 in test_packed.py (packed, mapped), test_native.py and test_convolution.py too.
+
+
 @pytest.mark.parametrize("model", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_formulations_and_devices_agree_in_float64(model):
     """20 steps within 1e-10; the random draws bit for bit."""
@@ -265,81 +261,6 @@ def test_the_state_is_donated():
     assert all(leaf.is_deleted() for leaf in before)
 
 
-# 6. One bad trial hurts no other.
-
-
-@pytest.mark.parametrize(
-    ("kernels", "block", "group", "fields"),
-    [
-        ("mapped", 1, 1, dict(optimizer="sgd")),
-        ("packed", 8, 1, dict(optimizer="sgd")),
-        ("packed", 4, 1, dict(tiny.SMALL_RESNET, optimizer="sgd")),
-        ("packed", 4, 4, dict(tiny.SMALL_RESNET, optimizer="sgd")),
-        pytest.param("native", 1, 1, dict(optimizer="adam"), marks=needs_compiler),
-    ],
-)
-def test_a_diverging_neighbour_changes_nothing(kernels, block, group, fields):
-    form = dict(kernels=kernels, slots=8, block=block, group=group)
-    both = tiny.trained(tiny.study(**fields, norm="none", learning_rate=(0.01, 1e30)), **form)
-    good = tiny.trained(tiny.study(**fields, norm="none", learning_rate=(0.01,)), **form)
-    bad = both[both.learning_rate == 1e30]
-    assert not good.diverged.any() and good.train_loss.notna().all()
-    kept = both[both.learning_rate == 0.01]
-    tiny.same(good.assign(arm=0), kept.drop(columns="learning_rate").assign(arm=0))
-    assert bad.groupby("trial").diverged.sum().eq(1).all()
-    assert bad[bad.diverged][["train_loss", "test_accuracy", "test_loss", "fit_accuracy"]].isna().all(axis=None)
-    last = bad.groupby("trial").tail(1)
-    assert last.diverged.all(), "a diverged trial has no later rows"
-
-
-@pytest.mark.parametrize("where", ["a parameter", "a running statistic", "an image's features"])
-@pytest.mark.parametrize("kernels", ["mapped", pytest.param("native", marks=needs_compiler)])
-def test_a_step_that_is_not_finite_leaves_all_as_it_was(kernels, where):
-    """Parameters, moments and statistics to the last bit; the step is counted, and the trial marked."""
-    point = Config(model="mlp", width=6, depth=1, norm="batch", batch_size=4)
-    one = core.Core(point, tiny.SPEC.shape, tiny.SPEC.classes, Form(kernels))
-    state = one.init(jnp.uint32(0), 50)
-    if where == "a parameter":
-        state.params["module_2"]["bias"] = jnp.array([jnp.inf, 0.0, 0.0, 0.0, 0.0])
-    elif where == "a running statistic":
-        state.batch_stats["module_1"]["norm"]["mean"] = jnp.full(6, jnp.nan)
-    else:
-        state.params["module_1"]["linear"]["kernel"] = jnp.full((16, 6), jnp.inf)
-    after = tiny.one_step(one, state)
-    assert after.diverged and after.step == 1
-    for name in ("params", "optimiser", "batch_stats"):
-        for a, b in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(state, name)), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-# 3. Stages that end by accuracy.
-
-
-def test_a_stage_ends_at_the_trials_own_first_epoch_of_that_accuracy():
-    full = tiny.trained(tiny.study(warm_start_epochs=(0,), tuning_epochs=30, equal_updates=False, seeds=4))
-    study = tiny.study(warm_start_epochs=(0,), tuning_epochs=30, stage_accuracy=0.6, equal_updates=False, seeds=4)
-    found = tiny.trained(study, slots=4)
-    ends = set()
-    for seed, rows in full.groupby("seed"):
-        first = rows[rows.train_accuracy >= 0.6].iloc[0]
-        own = found[found.seed == seed]
-        ignore = ["fit_accuracy", "accuracy_reached"]
-        tiny.same(rows[rows.step <= first.step].drop(columns=ignore[:1]), own.drop(columns=ignore))
-        assert own.accuracy_reached.tolist() == [None] * (len(own) - 1) + [True]
-        assert own.fit_accuracy.notna().tolist() == [False] * (len(own) - 1) + [True]
-        ends.add(first.step)
-    assert len(ends) > 1, "the trials should stop at different steps"
-    tiny.same(found, tiny.trained(study, slots=8, devices=2))
-
-
-def test_a_stage_by_accuracy_stops_within_a_chunk():
-    """Evaluated every 7 epochs, it still stops at the epoch itself."""
-    every = dict(warm_start_epochs=(0,), tuning_epochs=30, stage_accuracy=0.6, equal_updates=False, seeds=3)
-    fine = tiny.trained(tiny.study(**every)).groupby("seed").tail(1)
-    coarse = tiny.trained(tiny.study(eval_every=7, **every)).groupby("seed").tail(1)
-    tiny.same(fine, coarse)
-
-
 # 9. The control for training time.
 
 
@@ -353,21 +274,6 @@ def test_the_control_is_the_fresh_trial_trained_longer(reference):
     a = control.drop(columns=["stage", "trial", "fit_accuracy"]).reset_index(drop=True)
     b = longer.drop(columns=["stage", "trial", "fit_accuracy"]).reset_index(drop=True)
     assert a.equals(b)
-
-
-def test_the_control_of_stages_by_accuracy_learns_its_length():
-    study = tiny.study(warm_start_epochs=(0, 20), tuning_epochs=20, stage_accuracy=0.6, seeds=3)
-    found = tiny.trained(study)
-    for _, rows in found.groupby("seed"):
-        warm = rows[rows.warm_start_epochs == 20].step.max()
-        fresh = rows[rows.warm_start_epochs == 0]
-        ended = fresh[fresh.stage == "tuning"]
-        reached = warm * 8 // 50
-        if reached > np.floor(ended.epoch.max()):
-            assert np.floor(fresh.epoch.max()) == reached
-        else:
-            assert set(fresh.stage) == {"tuning"}
-    assert "tuning_continued" in set(found.stage)
 
 
 # 10. Equal trials are trained once.
@@ -433,116 +339,3 @@ def test_snapshot_arrays_are_the_runs_own(reference):
     while run.step():
         pass
     assert all((a == b).all() for a, b in zip(copies, arrays["state"].values(), strict=True))
-
-
-# Smooth transitions (the paper's figure 3).
-
-
-def test_a_smooth_transition_draws_with_the_papers_probability():
-    """p(n) at the places that paper.md names, and the drawn share of examples from outside the prefix."""
-    steps = 500
-    for gamma, half, most in ((0.1, 3, 20), (0.5, 10, 66), (0.9, 66, 437)):
-        p = [
-            float(sampler.transition_probability(np.float32(gamma), np.int32(n), np.int32(steps))) for n in range(steps)
-        ]
-        assert min(n for n in range(steps) if p[n] >= 0.5) in (half, half + 1)
-        assert min(n for n in range(steps) if p[n] >= 0.99) in (most, most + 1)
-    n, prefix = 40, 10
-    permutation = np.random.default_rng(1).permutation(n).astype(np.int32)
-    for probability in (0.0, 0.3, 1.0):
-        drawn = np.concatenate(
-            [
-                sampler.mixture(np.uint32(2), np.int32(0), np.int32(s), permutation, np.int32(prefix), probability, 500)
-                for s in range(20)
-            ]
-        )
-        counts = np.bincount(drawn, minlength=n)
-        outside = np.setdiff1d(np.arange(n), permutation[:prefix])
-        expected = np.full(n, probability / n)
-        expected[permutation[:prefix]] += (1 - probability) / prefix
-        spread = np.sqrt(len(drawn) * expected * (1 - expected))
-        assert (np.abs(counts - len(drawn) * expected) <= 5 * spread).all()
-        assert probability > 0 or counts[outside].sum() == 0
-
-
-def test_the_fresh_arm_of_a_smooth_transition_shares_its_draws_from_the_whole():
-    """With gamma = 0 every example comes from the whole train set, from the first step on."""
-    zero = sampler.transition_probability(np.float32(0), np.int32(0), np.int32(10))
-    assert float(zero) == 1
-    draw = lambda p, prefix: np.asarray(  # noqa: E731
-        sampler.mixture(np.uint32(2), np.int32(0), np.int32(7), np.arange(40, dtype=np.int32), np.int32(prefix), p, 64)
-    )
-    fresh, mixed = draw(1.0, 40), draw(0.5, 10)
-    assert (mixed == fresh).sum() > 16 and (mixed[mixed != fresh] < 10).all()
-
-
-def test_gammas_and_an_ordinary_fresh_arm_run_in_one_program():
-    study = tiny.study(
-        fresh={"gamma": 0.0},
-        transition=("abrupt", "smooth"),
-        gamma=(0.2, 0.8),
-        warm_start_epochs=0,
-        equal_updates=False,
-    )
-    assert [(a.values["transition"], a.values["gamma"]) for a in study.arms] == [
-        ("abrupt", None), ("smooth", 0.0), ("smooth", 0.2), ("smooth", 0.8),
-    ]  # fmt: skip
-    assert [a.fresh for a in study.arms] == [study.arms[0].arm] + [study.arms[1].arm] * 3
-    assert len(plan.programs(study)) == 1
-    found = tiny.trained(study)
-    alone = tiny.trained(tiny.study(warm_start_epochs=(0,), equal_updates=False))
-    ordinary = found[found.transition == "abrupt"]
-    assert (ordinary.train_loss.to_numpy() == alone.train_loss.to_numpy()).all()
-    losses = found[found.seed == 0].groupby("arm").train_loss.first()
-    assert losses.nunique() == 4
-
-
-def test_gamma_of_one_is_refused():
-    for gamma in (1.0, 1 - 1e-9, 1e-60):  # as single precision has them: 1, 1, 0
-        with pytest.raises(InputError, match=f"gamma={gamma}"):
-            tiny.study(fresh={"gamma": 0.0}, transition="smooth", gamma=gamma, warm_start_epochs=0)
-
-
-# Found in review.
-
-
-def test_a_trial_that_diverges_right_after_an_evaluation_has_a_row_of_its_own(tmp_path):
-    """Its first non-finite loss falls on the first step of an epoch: the good row before it stays."""
-    rates = tuple(float(10.0**k) for k in range(0, 31, 3))
-    study = tiny.study(learning_rate=rates, norm="none", optimizer="sgd", equal_updates=False)
-    found = tiny.trained(study)
-    tables.write(found, tmp_path / "results.parquet", study.swept)
-    last = found.groupby("trial").tail(1)
-    assert last.diverged.sum() > 10 and not last.diverged.all()
-    assert found[found.diverged].step.gt(0).all()
-
-
-def test_a_control_below_a_skipped_stretch_of_tuning():
-    """Tuning lengths share a stage that ends by accuracy in its first stretch; the control goes on from there."""
-    study = tiny.study(
-        warm_start_epochs=(0, 20),
-        pretraining_fraction=1.0,
-        tuning_epochs=(18, 20),
-        stage_accuracy=0.6,
-        learning_rate=0.02,
-    )
-    found = tiny.trained(study)
-    assert "tuning_continued" in set(found.stage)
-    assert found.groupby("trial").tail(1).fit_accuracy.notna().all()
-
-
-def test_the_equal_updates_gap_of_an_arm_does_not_depend_on_other_arms():
-    def gap(*lengths: int) -> float:
-        study = tiny.study(warm_start_epochs=(0, *lengths), eval_every=5, tuning_epochs=12, metric_epochs=4, seeds=3)
-        setting = settings.Setting(
-            study.swept,
-            tuple({"arm": a.arm, **a.values} for a in study.arms),
-            {a.arm: a.fresh for a in study.arms},
-            4,
-            True,
-            5,
-        )
-        rows = summaries.summary(tiny.trained(study), setting)
-        return next(row["gap_equal_updates"] for row in rows if row["warm_start_epochs"] == 4)
-
-    assert gap(4) == gap(4, 30) == gap(4, 6, 9)

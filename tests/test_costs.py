@@ -1,7 +1,5 @@
 """Costs read off a program, against closed forms, the networks' own arrays and what the compiler finds."""
 
-import dataclasses
-
 import closed_forms
 import flax.linen as nn
 import jax
@@ -10,85 +8,19 @@ import numpy as np
 import optax
 import pytest
 import small_net
-import tiny
+from cost_points import SHAPES, arguments, compiled_step, mlp, resnet, shape_of, spec
 
 from plastic_jax import data as data_sets
 from plastic_jax import models
-from plastic_jax.data import DatasetSpec, sampler
-from plastic_jax.kernels import Form
+from plastic_jax.data import DatasetSpec
 from plastic_jax.methods.optimisers import OPTIMISERS, Optimiser
 from plastic_jax.study.config import Config
-from plastic_jax.train import core, count, trial_axis
+from plastic_jax.train import count, trial_axis
 from plastic_jax.train.costs import _costs, _Program, costs
-from plastic_jax.train.state import Data, Sample, Sums
-
-# Analyses come from the optimised HLO, before LLVM: so let LLVM skip its work, most of a compilation's time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-MAPPED, PRODUCTS = Form("mapped"), Form("products")
-SHAPES = {"digits": (8, 8, 1), "fashion": (28, 28, 1), "cifar": (32, 32, 3)}
-
-
-def spec(shape, train=128, test=64, classes=10):
-    return DatasetSpec("noise", train, test, SHAPES[shape], classes)
-
-
-def resnet(**fields):
-    return Config(**{"model": "resnet", "width": 4, "depth": 1, "batch_size": 128} | fields)
-
-
-def mlp(**fields):
-    return Config(**{"model": "mlp", "width": 100, "depth": 3, "batch_size": 128} | fields)
 
 
 def bytes_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def shape_of(shape, dtype=jnp.int32, sharding=None):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def arguments(point, of, form=MAPPED):
-    """A trial's core, and the shapes of all that a chunk takes: (core, state, stage, sample, data)."""
-    made = core.Core(point, of.shape, of.classes, form)
-    drawn = sampler.train_set(
-        0,
-        np.zeros(of.train_examples, np.int32),
-        of.classes,
-        train_examples=point.train_examples,
-        validation_fraction=point.validation_fraction,
-        label_noise=0.0,
-    )
-    state = jax.eval_shape(lambda: made.init(jnp.uint32(0), len(drawn.permutation)))
-    real = dict.fromkeys(("learning_rate", "accuracy"), np.zeros((), made.dtype))
-    stage = jax.tree.map(lambda value: shape_of(value.shape, value.dtype), tiny.stage(**real))
-    sample = Sample(*(shape_of(getattr(drawn, field.name).shape) for field in dataclasses.fields(Sample)))
-    data = {}
-    for split, n in (("train", of.train_examples), ("test", of.test_examples)):
-        data |= {f"{split}_images": shape_of((n, *of.shape), jnp.uint8), f"{split}_labels": shape_of((n,))}
-    return made, state, stage, sample, Data(**data)
-
-
-def compiled_step(point, of):
-    """One training step of one mapped trial, jitted outside any loop."""
-    made, state, stage, sample, data = arguments(point, of)
-    sums = Sums(shape_of((), made.dtype), shape_of(()), shape_of(()))
-    state = dataclasses.replace(state, order=None, epoch=None, done=None)
-    step = jax.jit(made.step, donate_argnums=(0,))
-    return step.lower(state, sums, stage, sample, shape_of((point.batch_size,)), data).compile(QUICK)
-
-
-def compiled_chunk(point, of, form, slots):
-    """A whole chunk of `slots` trials, as training runs it."""
-    made, state, stage, sample, data = arguments(point, of, form)
-    mesh = trial_axis.mesh(jax.devices()[:1])
-    along, whole = (jax.NamedSharding(mesh, jax.P(*names)) for names in (("trials",), ()))
-    trials = jax.tree.map(
-        lambda leaf: shape_of((slots, *leaf.shape), leaf.dtype, along), (state, stage, sample, shape_of(()))
-    )
-    data = jax.tree.map(lambda leaf: shape_of(leaf.shape, leaf.dtype, whole), data)
-    chunk = trial_axis.over_trials(made.chunk, form.block, mesh, donate=(0,))
-    return chunk.lower(*trials, data).compile(QUICK)
 
 
 # Counts by hand and known totals
@@ -373,133 +305,3 @@ def test_memory_is_that_of_the_program_not_of_the_configs_norm(register):
     found = [costs(Config(model="plain", norm=norm), spec("digits")) for norm in ("none", "batch", "layer")]
     assert len({(one.step_bytes, one.activation_bytes, one.packed_bytes, one.trial_bytes) for one in found}) == 1
     _costs.cache_clear()
-
-
-# Against the compiler
-
-
-# Measured: a step within 0.1 % for convolutional nets, for perceptrons without a norm, and for others with
-# batches of 128. XLA fuses small reductions and computes their inputs anew: where a batch's activations
-# hold fewer than 4096 values, as in the small perceptron here, it counts up to 5 % more.
-CLOSE, SMALL = 0.02, 0.06
-# With no norm and batches as small as these the update is a fifth of a step.
-UPDATES = [
-    {"norm": "none", "batch_size": 8, "optimizer": "adam"},
-    {"norm": "none", "batch_size": 8, "optimizer": "momentum"},
-    {"norm": "none", "batch_size": 8, "optimizer": "rmsprop"},
-]
-# Measured on a CPU: 0.83 to 1.2 times the compiler's figure for 15 programs of perceptrons and ResNets, by map
-# and by vmap; 1.33 for an evaluation by itself (1.44 for 8 tiny perceptrons by vmap on 61 000 examples, whose
-# orders are all they need). Which copies the compiler saves or adds depends on the program. Not measured on a
-# GPU, whose convolutions take work space of their own.
-ESTIMATE = 1.4
-
-
-@pytest.mark.parametrize(
-    ("point", "shape", "tolerance"),
-    [
-        # The narrowest have the largest share of operations beside the convolutions: 22 % here.
-        pytest.param(resnet(width=2, depth=2), "fashion", CLOSE, id="batch"),
-        pytest.param(resnet(depth=2, norm="none", optimizer="sgd"), "digits", CLOSE, id="none"),
-        pytest.param(
-            resnet(width=16, norm="layer", optimizer="momentum", batch_size=32),
-            "cifar",
-            CLOSE,
-            id="layer",
-        ),
-        pytest.param(mlp(norm="batch"), "digits", CLOSE, id="mlp-batch"),
-        pytest.param(mlp(norm="layer"), "digits", CLOSE, id="mlp-layer"),
-        pytest.param(mlp(norm="batch", batch_size=32), "digits", SMALL, id="mlp-small"),
-        *(pytest.param(mlp(**u), "digits", CLOSE, id=u["optimizer"]) for u in UPDATES),
-    ],
-)
-def test_a_step_is_what_the_compiler_finds(point, shape, tolerance):
-    # Data sets so small that their evaluation needs less memory than a step.
-    of = spec(shape, train=point.batch_size, test=8)
-    step, found = compiled_step(point, of), costs(point, of)
-    compiled = step.cost_analysis()["flops"]
-    assert closed_forms.step_flops(point, of) == pytest.approx(compiled, rel=tolerance)
-    assert 0.85 < found.step_flops / compiled <= 1.001
-    if point.model == "resnet":  # a perceptron's gradients hide its activations
-        temporaries = step.memory_analysis().temp_size_in_bytes - 4 * found.parameters
-        assert found.activation_bytes == pytest.approx(temporaries, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("point", "shape"),
-    [
-        (resnet(width=3, depth=3, batch_size=8, norm="layer", optimizer="momentum"), (7, 5, 2)),
-        (resnet(norm="none", optimizer="rmsprop", batch_size=32), SHAPES["digits"]),
-        (resnet(width=16, depth=2, optimizer="sgd"), SHAPES["cifar"]),
-        (mlp(norm="batch"), SHAPES["digits"]),
-        (mlp(norm="layer", optimizer="momentum"), SHAPES["fashion"]),
-    ],
-)
-def test_the_walk_counts_as_xlas_own_analysis_does(point, shape):
-    """On programs without loops, which XLA counts right, before it optimises them. Measured: 0 to 0.43 % more."""
-    of = DatasetSpec("noise", 128, 64, shape, 10)
-    made, state, stage, sample, data = arguments(point, of)
-    sums = Sums(shape_of((), made.dtype), shape_of(()), shape_of(()))
-    lowered = jax.jit(made.step).lower(state, sums, stage, sample, shape_of((point.batch_size,)), data)
-    assert costs(point, of).step_flops == pytest.approx(lowered.cost_analysis()["flops"], rel=5e-3)
-
-
-@pytest.mark.parametrize(
-    ("point", "shape"),
-    [
-        (resnet(depth=2, batch_size=1), (7, 5, 2)),
-        (resnet(norm="layer", batch_size=1), (12, 12, 1)),
-        (mlp(norm="layer", batch_size=1), (8, 8, 1)),
-        (mlp(norm="batch", depth=1, batch_size=1), (5, 3, 1)),
-    ],
-)
-def test_an_evaluation_is_what_the_compiler_finds(point, shape):
-    images = 400
-    of = DatasetSpec("noise", 9, images, shape, 3)
-    made, state, *_ = arguments(point, of)
-    logits = jax.jit(made.network.logits)
-    program = logits.lower(state.params, state.batch_stats, shape_of((images, *shape), jnp.uint8)).compile(QUICK)
-    found = costs(point, of)
-    compiled = program.cost_analysis()["flops"] / images
-    assert closed_forms.evaluation_flops(point, of) == pytest.approx(compiled, rel=CLOSE)
-    assert found.evaluation_flops == pytest.approx(compiled, rel=0.06)
-    # One example at a time is trained on, so that evaluation needs the most.
-    temporaries = program.memory_analysis().temp_size_in_bytes
-    assert 1 / ESTIMATE < found.activation_bytes / temporaries < ESTIMATE
-
-
-@pytest.mark.parametrize(
-    ("point", "of", "form", "slots"),
-    [
-        pytest.param(mlp(norm="none", depth=1), spec("fashion"), MAPPED, 4, id="state"),
-        pytest.param(mlp(norm="batch", depth=1), spec("fashion", test=2000), Form("packed", 8), 16, id="packed"),
-        pytest.param(resnet(), spec("fashion"), PRODUCTS, 2, id="resnet", marks=pytest.mark.slow),
-    ],
-)
-def test_bytes_are_about_what_the_compiler_needs(point, of, form, slots):
-    found = costs(point, of).device_bytes(slots, form.block)
-    memory = compiled_chunk(point, of, form, slots).memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed += memory.temp_size_in_bytes
-    assert 1 / ESTIMATE < found / needed < ESTIMATE
-
-
-@pytest.mark.parametrize("form", [MAPPED, Form("packed", 8)], ids=str)
-@pytest.mark.parametrize(
-    ("point", "shape"),
-    [
-        (mlp(norm="none", width=1024), "digits"),
-        (mlp(norm="batch", depth=2), "digits"),
-        (mlp(norm="layer", depth=3, width=20), "cifar"),
-        (mlp(norm="none", depth=1, optimizer="sgd"), "cifar"),
-        (mlp(norm="none", depth=2, width=1024, optimizer="momentum", batch_size=8), "digits"),
-    ],
-)
-def test_a_perceptrons_bytes_are_what_the_compiler_needs(point, shape, form):
-    """Without the data set, which is exact. Measured: 0.98 to 1.10 for 81 mapped programs, to 1.19 for 27 packed."""
-    of = spec(shape, train=2000, test=500)
-    found, slots = costs(point, of), 2 * form.block
-    memory = compiled_chunk(point, of, form, slots).memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed += memory.temp_size_in_bytes - found.dataset_bytes
-    assert 0.9 < (found.device_bytes(slots, form.block) - found.dataset_bytes) / needed < 1.15

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler import needs_compiler
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -13,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form, dense, library, of
 
-needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 # Around the width of a vector, of two, and of a block of rows; a column, a row, a single value.
 SHAPES = [
     (1, 1, 1),

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler import needs_compiler
 from flax.traverse_util import flatten_dict, unflatten_dict
 from nets import FORMS, build, init, quick_jit
 
 from plastic_jax import kernels, models
 from plastic_jax.data import DatasetSpec
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import Form, library
+from plastic_jax.kernels import Form
 from plastic_jax.models import layers
 from plastic_jax.study.config import NORMS, Config, Sweep
 from plastic_jax.train import costs
 
 FIXTURES = Path(__file__).parent / "fixtures"
-needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 NETWORKS = sorted(path.stem for path in FIXTURES.glob("*_*.npz"))
 EVERY_FORM = [pytest.param(name, marks=needs_compiler if name == "native" else ()) for name in FORMS]
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler import needs_compiler
 
 from plastic_jax import kernels
 from plastic_jax.errors import InputError
-from plastic_jax.kernels import Form, library
+from plastic_jax.kernels import Form
 from plastic_jax.methods import optimisers
 from plastic_jax.methods.interventions.weight_decay import ENTRY
 from plastic_jax.methods.schedules import SCHEDULES, schedule_factor
@@ -19,7 +20,6 @@ from plastic_jax.study.config import Config, Sweep
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "optimisers.npz")
 RUNS = [name for name in FIXTURE.files if "/" in name]
-needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 FUSED = kernels.adam(Form("native"))
 
 

@@ -4,7 +4,7 @@ So it holds for any model and optimiser, also a user's own, and for a device tha
 walk over the program as it is written (`count.py`): two for a multiply-add, only for the taps that fall inside the
 image, and one for an addition, comparison or selection of one value. XLA then fuses cheap operations into every
 consumer of their result, which computes them anew: the program that runs has up to a sixth more of them in the
-narrowest networks, and less than 1 % in a ResNet-18 (JAX 0.10.2; `tests/test_costs.py` has the bounds).
+narrowest networks, and less than 1 % in a ResNet-18 (JAX 0.10.2; `tests/test_costs_compiled.py` has the bounds).
 
 Bytes are estimates, but for state and data: the compiler decides what to keep.
 """
