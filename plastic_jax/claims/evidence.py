@@ -70,7 +70,9 @@ def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None])
     """
     run = loading.load(path)
     if not run.finished:
-        raise InputError(f"{run.path} is not a finished run: run its command again to finish it.")
+        raise InputError(
+            f"{run.path} is not a finished run: it has no summary.json of its last analysis; run its command again."
+        )
     try:
         name, config = run.config["experiment"], run.config["config"]
         specs = {
