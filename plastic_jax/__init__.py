@@ -1,13 +1,15 @@
 """plastic_jax: how what a network has learned before changes what it can learn next.
 
 `run(config)` trains a sweep and reports it; `load(workdir)` reads one back. `register` takes in methods and models of
-your own: subclasses of `Intervention` and `Diagnostic` with their `Field`s and `Column`s, an `Optimiser`, a `Model`.
+your own: subclasses of `Intervention` and `Diagnostic` with their `Field`s and `Column`s, an `Optimiser`, a `Model`, a
+`DataSource`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plastic_jax.data import DataSource
     from plastic_jax.fields import Column, Field
     from plastic_jax.methods.diagnostics import Diagnostic
     from plastic_jax.methods.interventions import Intervention
@@ -23,6 +25,7 @@ _PLACES = {
     "run": "running.runner",
     "register": "study.plugins",
     "Column": "fields",
+    "DataSource": "data",
     "Field": "fields",
     "Diagnostic": "methods.diagnostics",
     "Intervention": "methods.interventions",
@@ -35,6 +38,7 @@ _PLACES = {
 
 __all__ = [
     "Column",
+    "DataSource",
     "Diagnostic",
     "Field",
     "Intervention",

@@ -53,12 +53,12 @@ def tfds_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Official sizes of a few examples, so that tests can write whole files."""
-    from small_data import SMALL
+    from small_data import shrunk
 
-    from plastic_jax.data import originals
+    from plastic_jax.data import DATASETS
 
-    for name, spec in SMALL.items():
-        monkeypatch.setitem(originals.SPECS, name, spec)
+    for name, source in shrunk().items():
+        monkeypatch.setitem(DATASETS._found, name, source)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Small copies of the data sets' original files, written as they are published, and damage to them."""
 
+import dataclasses
 import errno
 import gzip
 import io
@@ -15,7 +16,6 @@ import pytest
 import scipy.io
 
 from plastic_jax import data
-from plastic_jax.data import originals
 from plastic_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,16 @@ SMALL = {
     "cifar100": data.DatasetSpec("cifar100", 9, 4, (32, 32, 3), 100),
     "svhn_cropped": data.DatasetSpec("svhn_cropped", 11, 5, (32, 32, 3), 10),
 }
+
+
+def shrunk() -> dict[str, data.DataSource]:
+    """The built-in data sets with these sizes."""
+    return {
+        name: dataclasses.replace(
+            data.DATASETS[name], train_examples=spec.train_examples, test_examples=spec.test_examples
+        )
+        for name, spec in SMALL.items()
+    }
 
 
 def examples(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +89,7 @@ def write_cifar(folder: Path, name: str, how: str = "archive") -> Path:
     inner = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
     files = cifar_files(name)
     if how == "archive":
-        path = folder / originals.FILES[name][0].name
+        path = folder / data.DATASETS[name].files[0].name
         with tarfile.open(path, "w:gz") as archive:
             archive.addfile(entry := tarfile.TarInfo(inner))
             entry.type = tarfile.DIRTYPE

@@ -8,7 +8,7 @@ import pytest
 import scipy.io
 from small_data import cut, overwrite, refused, write_cifar, write_fashion_mnist, write_idx, write_svhn
 
-from plastic_jax.data import originals
+from plastic_jax.data import DATASETS
 
 pytestmark = pytest.mark.usefixtures("tfds_dir")
 
@@ -122,7 +122,7 @@ def test_a_damaged_file_gets_one_sentence(tmp_path: Path, tfds_dir: Path, damage
     assert sentence.startswith(f"dataset={name!r}: {tmp_path}")
     assert "is damaged or not the original" in sentence
     assert expected in sentence
-    assert originals.FILES[name][0].name in sentence
+    assert DATASETS[name].files[0].name in sentence
     assert not list(tfds_dir.rglob("dataset_info.json"))
 
 

@@ -11,6 +11,7 @@ from small_data import assert_small, python, refused, write_cifar, write_fashion
 
 from plastic_jax import data
 from plastic_jax.data import originals
+from plastic_jax.data.sets import fashion_mnist
 
 pytestmark = pytest.mark.usefixtures("tfds_dir")
 
@@ -22,7 +23,7 @@ def test_the_plan_needs_neither_files_nor_heavy_imports() -> None:
     process = python(
         """
         from plastic_jax import data
-        print([(s.train_examples, s.test_examples, s.classes) for s in map(data.spec, data.NAMES)])
+        print([(s.train_examples, s.test_examples, s.classes) for s in map(data.spec, data.DATASETS)])
         heavy = {"tensorflow_datasets", "sklearn", "scipy", "tensorflow"}
         print(heavy & {name.partition(".")[0] for name in sys.modules})
         data.load("digits")
@@ -47,8 +48,8 @@ def test_the_plan_needs_neither_files_nor_heavy_imports() -> None:
 
 def test_names() -> None:
     """The five built-in names, each with its own spec."""
-    assert data.NAMES == ("digits", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped")
-    assert [data.spec(name).name for name in data.NAMES] == list(data.NAMES)
+    assert data.DATASETS.names == ("digits", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped")
+    assert [data.spec(name).name for name in data.DATASETS] == list(data.DATASETS)
 
 
 def test_checksums_are_those_that_tfds_has_registered() -> None:
@@ -57,13 +58,13 @@ def test_checksums_are_those_that_tfds_has_registered() -> None:
 
     package = Path(tfds.__file__).parent
     tables = [package / "datasets/svhn_cropped/checksums.tsv"]
-    tables += [package / f"url_checksums/{name}.txt" for name in data.NAMES[1:4]]
+    tables += [package / f"url_checksums/{name}.txt" for name in data.DATASETS.names[1:4]]
     registered = {
         (fields[0], int(fields[1]), fields[2])
         for table in tables
         for fields in (line.split("\t") for line in table.read_text().splitlines())
     }
-    ours = {(file.url, file.size, file.sha256) for name in data.NAMES for file in originals.FILES[name]}
+    ours = {(file.url, file.size, file.sha256) for source in data.DATASETS.values() for file in source.files}
     assert len(ours) == 8
     assert ours <= registered
 
@@ -152,7 +153,7 @@ def test_fashion_mnist_of_debian(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Read straight from the files, as without TFDS, which would take 5 s more to prepare them.
     """
-    folder = originals.DEBIAN_FASHION_MNIST
+    folder = fashion_mnist.DEBIAN
     if not originals.find("fashion_mnist", folder):
         pytest.skip(f"no files in {folder}: apt-get install dataset-fashion-mnist")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)

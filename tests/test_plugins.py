@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import plastic_jax
-from plastic_jax import models
+from plastic_jax import data, models
 from plastic_jax.errors import InputError
 from plastic_jax.kernels import Form
 from plastic_jax.methods.interventions import INTERVENTIONS
@@ -147,6 +147,65 @@ def test_one_that_takes_no_part_is_not_needed_again(tmp_path, forgetting):
     assert not any("other code" in text for text in said)
     with pytest.raises(InputError, match="diagnostics was 'largest_weight', is now 'none'"):
         trained(tmp_path / "run", [])
+
+
+STRIPES = '''"""Images of one class have their stripe in one column."""
+import numpy as np
+
+import plastic_jax as pj
+
+
+def split(seed, count):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 4, count)
+    images = draw.integers(0, 100, (count, 4, 4, 1), np.uint8)
+    images[np.arange(count), :, labels] = 255
+    return images, labels
+
+
+pj.register(pj.DataSource(60, 20, (4, 4, 1), 4, lambda _: (split(0, 60), split(1, 20))), "stripes")
+'''
+
+
+def test_a_data_set_of_ones_own_is_read_and_named(tmp_path):
+    file = tmp_path / "stripes.py"
+    file.write_text(STRIPES)
+    arguments = [f"--plugin={file}", f"--workdir={tmp_path / 'run'}", "--config.dataset=stripes", "--config.width=32",
+                 "--config.learning_rate=0.01",
+                 "--config.train_examples=0", "--config.label_noise=0.", "--config.depth=1", "--config.batch_size=10",
+                 "--config.seeds=2", "--config.warm_start_epochs=0,3", "--config.tuning_epochs=30",
+                 "--config.metric_epochs=2"]  # fmt: skip
+    done = called(*arguments)
+    assert done.returncode == 0, done.stderr
+    run = plastic_jax.load(tmp_path / "run")
+    (held,) = run.config["plugins"]
+    assert (held["kind"], held["name"]) == ("data set", "stripes")
+    assert held["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert run.config["datasets"]["stripes"]["train_examples"] == 60 and run.summary[0]["test_accuracy"] > 0.9
+    file.write_text(STRIPES.replace("split(0, 60)", "split(2, 60)"))
+    again = called(*arguments)
+    assert again.returncode == 2 and "run on other data" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("split(0, 60)", "split(0, 59)", "train images (59, 4, 4, 1) instead of (60, 4, 4, 1)"),
+        ("np.uint8)", "np.uint16)", "train images of uint16 instead of uint8"),
+        ("return images, labels", "return images, labels + 1", "train labels outside 0 to 3"),
+        ("return images, labels", "return images, labels / 1", "train labels of float64 instead of integers"),
+        ("return images, labels", "return images, labels[1:]", "59 train labels instead of 60"),
+        ("draw = ", "draw = open('/nowhere/x') or ", "/nowhere/x cannot be read"),
+        ("draw = ", "draw = 1 / 0 or ", "cannot be read (ZeroDivisionError: division by zero)"),
+    ],
+)
+def test_a_data_set_that_is_not_what_it_says_is_one_sentence(old, new, words, tmp_path, forgetting):
+    file = tmp_path / "stripes.py"
+    file.write_text(STRIPES.replace(old, new))
+    plugins.load([str(file)])
+    with pytest.raises(InputError) as error:
+        data.load("stripes")
+    assert words in str(error.value) and "stripes" in str(error.value)
 
 
 def test_one_that_has_changed_since_is_said(tmp_path, forgetting):

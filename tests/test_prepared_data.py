@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from small_data import assert_small, no_locks, overwrite, python, refused, write_cifar
 
 from plastic_jax import data
-from plastic_jax.data import originals
+from plastic_jax.data import DATASETS
+from plastic_jax.data.source import OriginalFile
 
 pytestmark = pytest.mark.usefixtures("tfds_dir")
 
@@ -85,14 +87,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None) -> Iter
         thread = threading.Thread(target=httpd.serve_forever, args=(0.02,))
         thread.start()
         archive = write_cifar(folder, "cifar10")
-        original = originals.OriginalFile(
+        original = OriginalFile(
             f"http://127.0.0.1:{httpd.server_port}/{archive.name}",
             archive.stat().st_size,
             hashlib.sha256(archive.read_bytes()).hexdigest(),
         )
-        monkeypatch.setitem(originals.FILES, "cifar10", (original,))
+        monkeypatch.setitem(DATASETS._found, "cifar10", replace(DATASETS["cifar10"], files=(original,)))
         info = builders.UrlInfo(builders.Size(original.size), original.sha256, original.name)
-        monkeypatch.setattr(builders.Cifar10, "url_infos", {original.url: info})
+        monkeypatch.setattr(builders.builder("cifar10"), "url_infos", {original.url: info})
         yield folder
         httpd.shutdown()
         thread.join()
@@ -132,9 +134,9 @@ def test_no_file_and_no_server(server: Path, tfds_dir: Path) -> None:
 def test_no_file_and_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Refused at once: TFDS alone would try for minutes. Debian's package is named."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(originals, "DEBIAN_FASHION_MNIST", tmp_path)
-    closed = originals.OriginalFile("http://127.0.0.1:9/train-images-idx3-ubyte.gz", 1, "00")
-    monkeypatch.setitem(originals.FILES, "fashion_mnist", (closed,))
+    closed = OriginalFile("http://127.0.0.1:9/train-images-idx3-ubyte.gz", 1, "00")
+    source = replace(DATASETS["fashion_mnist"], files=(closed,), folders=(tmp_path,))
+    monkeypatch.setitem(DATASETS._found, "fashion_mnist", source)
     sentence = refused("fashion_mnist")
     assert "the download failed (ConnectionError)" in sentence
     assert "install Debian's package dataset-fashion-mnist" in sentence
@@ -151,16 +153,16 @@ def test_a_killed_preparation_leaves_nothing_broken(tmp_path: Path, tfds_dir: Pa
         """
         import os, signal
         from plastic_jax import data
-        from plastic_jax.data import builders, originals
+        from plastic_jax.data import builders
         import small_data
-        originals.SPECS.update(small_data.SMALL)
-        whole = builders.Cifar10._generate_examples
+        data.DATASETS._found.update(small_data.shrunk())
+        whole = builders.builder("cifar10")._generate_examples
         def part(self, images, labels):
             for key, example in whole(self, images, labels):
                 if key == 3:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield key, example
-        builders.Cifar10._generate_examples = part
+        builders.builder("cifar10")._generate_examples = part
         data.load("cifar10", sys.argv[1])
         """,
         str(tmp_path),
@@ -183,18 +185,18 @@ def test_two_processes_prepare_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         import time
         from pathlib import Path
         from plastic_jax import data
-        from plastic_jax.data import builders, originals
+        from plastic_jax.data import builders
         import small_data
-        originals.SPECS.update(small_data.SMALL)
+        data.DATASETS._found.update(small_data.shrunk())
         folder = Path(sys.argv[1])
-        whole = builders.Cifar10._generate_examples
+        whole = builders.builder("cifar10")._generate_examples
         def slow(self, images, labels):
             for key, example in whole(self, images, labels):
                 (folder / "started").touch()
                 while not (folder / "go on").exists():
                     time.sleep(0.01)
                 yield key, example
-        builders.Cifar10._generate_examples = slow
+        builders.builder("cifar10")._generate_examples = slow
         if sys.argv[2] == "False":
             builders.fcntl.flock = small_data.no_locks
         small_data.assert_small(data.load("cifar10", str(folder)), "cifar10")

@@ -23,7 +23,7 @@ README, ARCHITECTURE, CONFIG = (
     (ROOT / name).read_text() for name in ("README.md", "docs/architecture.md", "docs/config.md")
 )
 PACKAGE = ROOT / "plastic_jax"
-DOORS = ("data", "kernels", "models", "methods/optimisers", "methods/diagnostics", "methods/interventions")
+DOORS = ("data", "data/sets", "kernels", "models", "methods/optimisers", "methods/diagnostics", "methods/interventions")
 DOCUMENTS = sorted(str(f.relative_to(ROOT)) for f in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plastic_jax.data import originals
-from plastic_jax.data.originals import DatasetSpec
+from plastic_jax.data.sets import DATASETS
+from plastic_jax.data.source import DatasetSpec, DataSource, Split
 from plastic_jax.errors import InputError
 
 if TYPE_CHECKING:
     from plastic_jax.data.prepared import Prepared
 
-__all__ = ["NAMES", "Dataset", "DatasetSpec", "load", "spec"]
-
-NAMES = tuple(originals.SPECS)
-"""The built-in data sets."""
+__all__ = ["DATASETS", "DataSource", "Dataset", "DatasetSpec", "load", "spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +39,15 @@ def spec(name: str, data_dir: str | None = None) -> DatasetSpec:
     """Sizes of a data set; a built-in one needs no file for it.
 
     Args:
-      name: one of `NAMES`, or NAME[/CONFIG][:VERSION] of a data set that TFDS has prepared.
+      name: one of `DATASETS`, or NAME[/CONFIG][:VERSION] of a data set that TFDS has prepared.
       data_dir: TFDS's folder, for the latter; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises:
       InputError: there is no such data set, or not one that can be read here.
     """
-    if name in originals.SPECS:
-        return originals.SPECS[name]
+    if name in DATASETS.names:
+        one = DATASETS[name]
+        return DatasetSpec(name, one.train_examples, one.test_examples, one.shape, one.classes)
     return _open_other(name, data_dir).spec
 
 
@@ -59,7 +58,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     `data_dir` or, without one, in Debian's folder for Fashion-MNIST and in TFDS's downloads/manual;
     where there is none TFDS downloads it. What is prepared from them is kept in plastic_jax below
     TFDS's folder, under a key of the files' contents: other or changed files are never answered
-    from it. digits come with scikit-learn and ignore `data_dir`.
+    from it. Data sets without files, as digits, ignore `data_dir`.
 
     Args:
       name: as for `spec`.
@@ -68,7 +67,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     Raises:
       InputError: no such data set, no files and no network, or a damaged file.
     """
-    if name not in originals.SPECS:
+    if name not in DATASETS.names:
         from plastic_jax.data import prepared
 
         other = _open_other(name, data_dir)
@@ -76,37 +75,36 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
     folder = _folder(name, data_dir)
     paths = originals.find(name, folder) if folder else ()
-    if name == "digits":
-        key = "scikit-learn"
-    else:
-        key = originals.fingerprint(name, paths) if paths else "downloaded"
-    if not _has_tfds():
-        if key == "downloaded":
+    source = DATASETS[name]
+    if not (source.prepared and _has_tfds()):
+        if source.files and not paths:
             raise InputError(
                 f"dataset={name!r}: none of its files was found: put "
                 f"{originals.what_to_put(name)} into a folder named by --data_dir"
             )
-        return _dataset(originals.SPECS[name], originals.read(name, paths))
+        return _dataset(spec(name), originals.read(name, paths))
+    if source.files:
+        key = originals.fingerprint(name, paths) if paths else "downloaded"
+    else:
+        key = "scikit-learn"
 
     from plastic_jax.data import builders, prepared
 
     opened = prepared.open_prepared(name, builders.prepare(name, _root(), key, folder))
-    return _dataset(originals.SPECS[name], prepared.read(opened))
+    return _dataset(spec(name), prepared.read(opened))
 
 
-def _dataset(spec: DatasetSpec, splits: tuple[originals.Split, originals.Split]) -> Dataset:
+def _dataset(spec: DatasetSpec, splits: tuple[Split, Split]) -> Dataset:
     (train_images, train_labels), (test_images, test_labels) = splits
     return Dataset(spec, train_images, train_labels, test_images, test_labels)
 
 
 def _folder(name: str, data_dir: str | None) -> Path | None:
     """The folder with a built-in data set's original files; None where none is needed or found."""
-    if name == "digits":
+    if not DATASETS[name].files:
         return None
     if data_dir is None:
-        places = [_root() / "downloads" / "manual"]
-        if name == "fashion_mnist":
-            places.insert(0, originals.DEBIAN_FASHION_MNIST)
+        places = [*DATASETS[name].folders, _root() / "downloads" / "manual"]
         return next((place for place in places if originals.find(name, place)), None)
     folder = Path(data_dir).expanduser()
     if originals.find(name, folder):
@@ -127,7 +125,7 @@ def _open_other(name: str, data_dir: str | None) -> "Prepared":
     """A data set that is not built in, as TFDS has prepared it."""
     if not _has_tfds():
         raise InputError(
-            f"dataset={name!r} is not built in ({', '.join(NAMES)}), and tensorflow_datasets, "
+            f"dataset={name!r} is not built in ({', '.join(DATASETS.names)}), and tensorflow_datasets, "
             "which could read others, is not installed"
         )
     from plastic_jax.data import prepared

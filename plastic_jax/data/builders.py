@@ -6,6 +6,7 @@ and the archives are read by `originals`. The examples keep the original files' 
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import sys
@@ -21,6 +22,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.utils import Size
 
 from plastic_jax.data import originals
+from plastic_jax.data.sets import DATASETS
 from plastic_jax.errors import InputError
 
 
@@ -39,13 +41,13 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyri
         super().__init_subclass__(**kwargs)
         cls.url_infos = {
             file.url: UrlInfo(size=Size(file.size), checksum=file.sha256, filename=file.name)
-            for file in originals.FILES[cls.name]
+            for file in DATASETS[cls.name].files
         }
 
     def _info(self) -> tfds.core.DatasetInfo:
-        spec = originals.SPECS[self.name]
-        image = tfds.features.Tensor(shape=spec.shape, dtype=np.uint8, encoding="bytes")
-        label = tfds.features.ClassLabel(num_classes=spec.classes)
+        source = DATASETS[self.name]
+        image = tfds.features.Tensor(shape=source.shape, dtype=np.uint8, encoding="bytes")
+        label = tfds.features.ClassLabel(num_classes=source.classes)
         return tfds.core.DatasetInfo(
             builder=self,
             description=type(self).__doc__,
@@ -59,7 +61,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyri
             paths = originals.find(self.name, Path(dl_manager.manual_dir))
         except AssertionError:  # how TFDS says that the folder does not exist or is empty
             paths = ()
-        urls = [file.url for file in originals.FILES[self.name]]
+        urls = [file.url for file in DATASETS[self.name].files]
         if urls and not paths:
             downloaded: Any = dl_manager.download(urls)
             paths = tuple(Path(path) for path in downloaded)
@@ -71,27 +73,15 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyri
             yield index, {"image": image, "label": label}
 
 
-class Digits(_Builder, skip_registration=True):
-    """The 1797 handwritten digits of scikit-learn, 8x8, with a fixed split into 1437 and 360."""
-
-
-class FashionMnist(_Builder, skip_registration=True):
-    """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017)."""
-
-
-class Cifar10(_Builder, skip_registration=True):
-    """CIFAR-10 (Krizhevsky 2009)."""
-
-
-class Cifar100(_Builder, skip_registration=True):
-    """CIFAR-100 with its fine labels (Krizhevsky 2009)."""
-
-
-class SvhnCropped(_Builder, skip_registration=True):
-    """SVHN's cropped digits, without the extra ones (Netzer et al. 2011)."""
-
-
-_BUILDERS = {builder.name: builder for builder in (Digits, FashionMnist, Cifar10, Cifar100, SvhnCropped)}
+@functools.cache
+def builder(name: str) -> type[_Builder]:
+    """The builder of a data set."""
+    return type(
+        name.title().replace("_", ""),
+        (_Builder,),
+        {"name": name, "__doc__": f"{name}, as published."},
+        skip_registration=True,
+    )
 
 
 def prepare(name: str, root: Path, key: str, folder: Path | None) -> Path:
@@ -121,8 +111,8 @@ def prepare(name: str, root: Path, key: str, folder: Path | None) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with _alone(home / f"{name}.lock"):
             if not prepared.exists():
-                builder = _BUILDERS[name](data_dir=home, file_format="array_record")
-                _prepare(builder, root / "downloads", folder)
+                made = builder(name)(data_dir=home, file_format="array_record")
+                _prepare(made, root / "downloads", folder)
     except (OSError, RuntimeError) as error:  # array_record reports a full disk as the latter
         if not prepared.exists():
             reason = getattr(error, "strerror", None) or error
@@ -141,7 +131,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, downloads: Path, folder: Path | 
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False, force_checksums_validation=True)
     # TFDS prints that it downloads, whether or not it does.
-    out = sys.stderr if folder is None and originals.FILES[name] else io.StringIO()
+    out = sys.stderr if folder is None and DATASETS[name].files else io.StringIO()
     try:
         with contextlib.redirect_stdout(out):
             builder.download_and_prepare(download_dir=downloads, download_config=config)
@@ -154,7 +144,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, downloads: Path, folder: Path | 
 def _check_network(name: str, downloads: Path) -> None:
     """Asks once for what is still to be downloaded: TFDS itself tries for minutes."""
     done = {url for path in (downloads / name).glob("*.INFO") for url in json.loads(path.read_text()).get("urls", ())}
-    for url in [file.url for file in originals.FILES[name] if file.url not in done][:1]:
+    for url in [file.url for file in DATASETS[name].files if file.url not in done][:1]:
         try:
             with requests.get(url, stream=True, timeout=10) as response:
                 response.raise_for_status()
@@ -163,10 +153,10 @@ def _check_network(name: str, downloads: Path) -> None:
 
 
 def _no_download(name: str, downloads: Path, reason: str) -> InputError:
-    debian = "install Debian's package dataset-fashion-mnist, or " * (name == "fashion_mnist")
+    hint = f"{DATASETS[name].hint}, or " * bool(DATASETS[name].hint)
     return InputError(
         f"dataset={name!r}: none of its files was found and the download failed ({reason}): "
-        f"{debian}put {originals.what_to_put(name)} into {downloads / 'manual'} or a folder named "
+        f"{hint}put {originals.what_to_put(name)} into {downloads / 'manual'} or a folder named "
         "by --data_dir"
     )
 

@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from plastic_jax.data.originals import SPECS, DatasetSpec, Split
+from plastic_jax.data.sets import DATASETS
+from plastic_jax.data.source import DatasetSpec, Split
 from plastic_jax.errors import InputError
 
 _PROTO: Any = tf_example_pb2  # its classes come into being when it is imported
@@ -47,7 +48,7 @@ def find(name: str, root: Path) -> Path:
             folders += _versions(config, version)
     if not folders:
         raise InputError(
-            f"dataset={name!r} is neither built in ({', '.join(SPECS)}) nor prepared by TFDS in "
+            f"dataset={name!r} is neither built in ({', '.join(DATASETS.names)}) nor prepared by TFDS in "
             f"{root}: name another, or prepare it with `tfds build {base} "
             "--file_format=array_record` (extra tfds), or name TFDS's folder with --data_dir"
         )

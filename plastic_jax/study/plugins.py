@@ -1,4 +1,4 @@
-"""Plug-ins: models, optimisers, interventions and diagnostics of a user's own, which take part in a study.
+"""Plug-ins: models, optimisers, data sets, interventions and diagnostics of a user's own, which take part in a study.
 
 A plug-in is a Python file that calls `plastic_jax.register`. It is named by `--plugin=my_idea.py`, or an installed
 package has it as an entry point of the group `plastic_jax`. What was taken in, and a hash of its source, is written
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plastic_jax.data import DATASETS, DataSource
 from plastic_jax.errors import InputError
 from plastic_jax.fields import Field
 from plastic_jax.methods.diagnostics import DIAGNOSTICS, Diagnostic
@@ -31,6 +32,7 @@ _KINDS: tuple[tuple[type, Registry[Any]], ...] = (
     (Diagnostic, DIAGNOSTICS),
     (Optimiser, OPTIMISERS),
     (Model, MODELS),
+    (DataSource, DATASETS),
 )
 TABLE = ("trial", "arm", "seed", "stage", "epoch", "step", "examples_seen", "diverged", "accuracy_reached")
 
@@ -53,7 +55,8 @@ def register(entry: Any, name: str | None = None) -> Any:
     """Take a method or a model into the registries; `plastic_jax.register`, also as a decorator of a class.
 
     Args:
-      entry: an `Intervention` or `Diagnostic` (a subclass or an instance), an `Optimiser` or a `Model`.
+      entry: an `Intervention` or `Diagnostic` (a subclass or an instance), an `Optimiser`, a `Model` or a
+        `DataSource`.
       name: what it is called in a config; by default an intervention's or diagnostic's class name in small letters with
         underscores.
 
@@ -71,7 +74,7 @@ def register(entry: Any, name: str | None = None) -> Any:
         kinds = ", ".join(kind.__name__ for kind, _ in _KINDS)
         raise InputError(f"{entry!r} cannot be registered: it is none of {kinds}.")
     if name is None:
-        if isinstance(made, (Optimiser, Model)):
+        if isinstance(made, (Optimiser, Model, DataSource)):
             raise InputError(f"{type(made).__name__} needs a name: register(entry, name).")
         name = _underscored(type(made).__name__)
     owner, fields = f"the {registry.kind} {name!r}", getattr(made, "fields", {})
@@ -96,7 +99,7 @@ def takes_part(entry: Registered, point: Config) -> bool:
         return made.active(point)
     if isinstance(made, Diagnostic):
         return entry.name in diagnostics_named(point.diagnostics)
-    return entry.name in (point.model, point.optimizer)
+    return entry.name in (point.model, point.optimizer, point.dataset)
 
 
 def _registry(entry: Registered) -> Registry[Any]:
@@ -182,7 +185,7 @@ def _check_columns(owner: str, columns: Iterable[Any]) -> None:
 
 def _source(made: Any) -> tuple[str, str]:
     """The file that an entry is from, and SHA-256 of its bytes; empty where it was typed at a prompt."""
-    functions = [getattr(made, part, None) for part in ("transformation", "build")]
+    functions = [getattr(made, part, None) for part in ("transformation", "build", "read")]
     for what in (*filter(None, functions), type(made)):
         try:
             file = inspect.getsourcefile(what)
