@@ -7,7 +7,6 @@ is supported, refuted, undecided or not fitted, for the run's own model and data
 plastic_jax/claims/rules.py. Takes seconds and trains nothing.
 """
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -16,17 +15,8 @@ from pathlib import Path
 from absl import app, flags
 
 from plastic_jax.errors import InputError
-from plastic_jax.running.experiment import Experiment
 
 _OUT = flags.DEFINE_string("out", "runs/claims", "the folder for claims.json and claims.md")
-
-
-def find(name: str) -> Experiment | None:
-    """The experiment of a name, None where there is none."""
-    try:
-        return importlib.import_module(f".{name}", __package__).EXPERIMENT if name.isidentifier() else None
-    except (ModuleNotFoundError, AttributeError):
-        return None
 
 
 def judge(workdirs: Sequence[str], out: str) -> str:
@@ -44,7 +34,7 @@ def judge(workdirs: Sequence[str], out: str) -> str:
     real = [os.path.realpath(path) for path in workdirs]
     if twice := [path for k, path in enumerate(workdirs) if real[k] in real[:k]]:
         raise InputError(f"{twice[0]} is named twice: each run counts once.")
-    found = verdicts.judge([evidence.read(path, find) for path in workdirs])
+    found = verdicts.judge([evidence.read(path) for path in workdirs])
     try:
         workdir.write_json(Path(out) / "claims.json", {"rules": rules.__doc__, **found})
         replace_file(Path(out) / "claims.md", verdict_table.markdown(found).encode())

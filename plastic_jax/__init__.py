@@ -2,7 +2,7 @@
 
 `run(config)` trains a sweep and reports it; `load(workdir)` reads one back. `register` takes in methods and models of
 your own: subclasses of `Intervention` and `Diagnostic` with their `Field`s and `Column`s, an `Optimiser`, a `Model`, a
-`DataSource`.
+`DataSource`, an `Experiment`.
 """
 
 import importlib
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from plastic_jax.methods.optimisers import Optimiser
     from plastic_jax.methods.view import Trained, View
     from plastic_jax.models import Model, Units
+    from plastic_jax.running.experiment import Experiment
     from plastic_jax.running.loading import load
     from plastic_jax.running.runner import run
     from plastic_jax.study.plugins import register
@@ -28,6 +29,7 @@ _PLACES = {
     "DataSource": "data",
     "Field": "fields",
     "Diagnostic": "methods.diagnostics",
+    "Experiment": "running.experiment",
     "Intervention": "methods.interventions",
     "Optimiser": "methods.optimisers",
     "Trained": "methods.view",
@@ -40,6 +42,7 @@ __all__ = [
     "Column",
     "DataSource",
     "Diagnostic",
+    "Experiment",
     "Field",
     "Intervention",
     "Model",

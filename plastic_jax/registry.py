@@ -12,16 +12,18 @@ Entry = TypeVar("Entry")
 class Registry(Mapping[str, Entry], Generic[Entry]):
     """The entries by name, in the order of the list, then those that were added.
 
-    A file's entry is its `ENTRY`; it is imported when it is first asked for.
+    A file's entry is imported when it is first asked for.
 
     Args:
       kind: what the entries are, in words.
-      room: the package that the files are in.
+      room: the package that the files are in; of several, the first that has the file.
       words: the names, which are those of the files.
+      called: what a file calls its entry.
     """
 
-    def __init__(self, kind: str, room: str, words: tuple[str, ...]):
-        self.kind, self._room, self._words = kind, room, words
+    def __init__(self, kind: str, room: str | tuple[str, ...], words: tuple[str, ...], called: str = "ENTRY"):
+        self.kind, self._words, self._called = kind, words, called
+        self._rooms = (room,) if isinstance(room, str) else room
         self._found: dict[str, Entry] = {}
         self._added: list[str] = []
 
@@ -34,8 +36,17 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if name not in self._found:
             if name not in self._words:
                 raise KeyError(name)
-            self._found[name] = importlib.import_module(f"{self._room}.{name}").ENTRY
+            self._found[name] = self._imported(name)
         return self._found[name]
+
+    def _imported(self, name: str) -> Entry:
+        *others, last = self._rooms
+        for room in others:
+            try:
+                return getattr(importlib.import_module(f"{room}.{name}"), self._called)
+            except (ModuleNotFoundError, AttributeError):  # not there, or somebody else's package
+                continue
+        return getattr(importlib.import_module(f"{last}.{name}"), self._called)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -1,6 +1,7 @@
 """The command line's spellings, help and hints, and what is installed."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import plastic_jax
 from plastic_jax.errors import InputError
 from plastic_jax.running.cli import last_wins
+from plastic_jax.running.experiment import EXPERIMENTS
 from plastic_jax.study import trial
 from plastic_jax.study.config import FIELDS, Config, Sweep
 
@@ -175,6 +177,49 @@ def test_an_installed_experiment_runs_from_anywhere(tmp_path):
     assert code == 0 and "Nothing was trained" in out, err
     code, _, err = called("capacty", cwd=tmp_path, command=command)
     assert code == 2 and "did you mean capacity?" in err and "Traceback" not in err
+
+
+def test_an_experiment_of_a_plugin_runs_by_its_name(tmp_path):
+    command = ("-c", "from plastic_jax.running.command import main; main()")
+    (tmp_path / "idea.py").write_text(
+        "import plastic_jax as pj\n"
+        "PRESET = dict(dataset='digits', model='mlp', width=8, depth=1, warm_start_epochs=(0, 2), tuning_epochs=3,\n"
+        "              metric_epochs=1, seeds=2)\n"
+        "pj.register(pj.Experiment(name='mine', title='My own question', presets={'small': PRESET}))\n"
+    )
+    asked = ["mine", "--plugin=idea.py", "--wandb=disabled", "--workdir=run"]
+    code, out, err = called(*asked, cwd=tmp_path, command=command)
+    assert code == 0 and "My own question" in (tmp_path / "run" / "report.html").read_text(), err
+    held = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert held["command"] == "plastic-jax mine --plugin=idea.py --wandb=disabled --workdir=run"
+    assert [(p["kind"], p["name"]) for p in held["plugins"]] == [("experiment", "mine")] and held[
+        "experiment"
+    ] == "mine"
+    code, out, err = called(*asked, cwd=tmp_path, command=command)
+    assert code == 0 and "Compiling" not in out, err
+    code, out, err = called("mine", "--plugin=idea.py", "--help", cwd=tmp_path, command=command)
+    assert code == 0 and "My own question" in out and "--preset" in out, err
+    code, _, err = called("mien", "--plugin=idea.py", cwd=tmp_path, command=command)
+    assert code == 2 and "'mien' is no experiment" in err
+    code, _, err = called("mine", cwd=tmp_path, command=command)
+    assert code == 2 and "'mine' is no experiment" in err
+
+
+def test_run_takes_an_experiment_by_name(tmp_path):
+    config = dict(dataset="digits", model="mlp", width=8, depth=1, tuning_epochs=3, metric_epochs=1, seeds=2)
+    made = plastic_jax.run(
+        config | {"warm_start_epochs": 2, "reset": ("none", "2")}, tmp_path, study="module_reset", wandb="disabled",
+        say=lambda _: None, progress=False,
+    )  # fmt: skip
+    assert made is not None and made.config["experiment"] == "module_reset" and len(made.summary) == 3
+    with pytest.raises(InputError, match=r"experiment is 'module_rest'; it must be one of warm_start, .*online"):
+        plastic_jax.run(config, tmp_path / "other", study="module_rest")
+
+
+def test_every_experiment_is_a_file_and_a_word():
+    files = {f.stem for f in (ROOT / "experiments").glob("[a-z]*.py")} - {"claims", "throughput"}  # commands
+    assert set(EXPERIMENTS) == files
+    assert all(EXPERIMENTS[name].name == name for name in EXPERIMENTS)
 
 
 def test_an_experiment_of_ones_own_runs_from_anywhere(tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from plastic_jax.errors import InputError
 from plastic_jax.results import pairing, rows, summaries
 from plastic_jax.results.settings import TUNING, Setting
 from plastic_jax.running import loading, manifest
-from plastic_jax.running.experiment import Experiment
+from plastic_jax.running.experiment import EXPERIMENTS, Experiment
 from plastic_jax.study import trial
 from plastic_jax.study.config import FIELDS, Sweep, canonical
 
@@ -62,8 +62,8 @@ class Evidence:
         return pd.DataFrame({"low": found["before"] + 1, "high": found["epochs"].where(found["reached"], np.inf)})
 
 
-def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None]) -> Evidence:
-    """Read a finished workdir; `find` gives the experiment of a name, None for an unknown one.
+def read(path: str | os.PathLike[str]) -> Evidence:
+    """Read a finished workdir.
 
     Raises:
       InputError: it is no workdir, of an unknown experiment, not finished, or its files contradict each other.
@@ -82,8 +82,9 @@ def read(path: str | os.PathLike[str], find: Callable[[str], Experiment | None])
         named = {(t["arm"], t["seed"]) for t in run.config["trials"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run.path / 'config.json'} is not of this version: it lacks {error}.") from None
-    if (experiment := find(str(name))) is None:
+    if name not in EXPERIMENTS:
         raise InputError(f"{run.path} is of an unknown experiment, {name!r}: there is no experiments.{name}.")
+    experiment = EXPERIMENTS[name]
     try:
         study = trial.study(Sweep.of(manifest.translated(config)), specs, experiment.fresh)
     except (InputError, KeyError) as error:

@@ -166,10 +166,11 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return any(re.fullmatch(r"-h|--?help(full|short)?(=true)?", argument) for argument in argv[1:])
 
 
-def recorded(argv: Sequence[str]) -> str:
-    """The command as it can be given again."""
+def recorded(argv: Sequence[str], program: str = "") -> str:
+    """The command as it can be given again; `program` is what stands before its flags, if that is not Python."""
     module = sys.modules["__main__"].__spec__
-    return f"python {f'-m {module.name}' if module else argv[0]} {shlex.join(argv[1:])}".strip()
+    program = program or f"python {f'-m {module.name}' if module else argv[0]}"
+    return f"{program} {shlex.join(argv[1:])}".strip()
 
 
 def interrupted(run: Callable[[], Any]) -> None:
@@ -184,8 +185,8 @@ def interrupted(run: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
-def main(experiment: Experiment) -> None:
-    """Run an experiment from the command line."""
+def main(experiment: Experiment, program: str = "") -> None:
+    """Run an experiment from the command line; `program` as in `recorded`."""
     given = list(sys.argv)
     try:
         sys.argv[:] = expanded(sys.argv)
@@ -207,7 +208,9 @@ def main(experiment: Experiment) -> None:
         from plastic_jax.running.options import Options
         from plastic_jax.running.runner import run_experiment
 
-        options = Options(f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, recorded(given))
+        options = Options(
+            f.workdir, f.data_dir, f.dry_run, f.overwrite, f.wandb, f.device_memory_gib, recorded(given, program)
+        )
         logging.set_verbosity(logging.ERROR)
         interrupted(lambda: run_experiment(experiment, sweep, options, show))
 

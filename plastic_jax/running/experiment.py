@@ -6,8 +6,10 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from plastic_jax.registry import Registry
 from plastic_jax.report import figures
 from plastic_jax.results.settings import Setting
+from plastic_jax.study import plugins
 
 Drawing = tuple[str, str, Any]  # name, caption, matplotlib figure
 Table: TypeAlias = pd.DataFrame
@@ -35,3 +37,20 @@ class Experiment:
 
     def __repr__(self) -> str:
         return f"Experiment({self.name!r})"
+
+
+EXPERIMENTS: Registry[Experiment] = Registry(
+    "experiment",
+    ("experiments", "plastic_jax.experiments"),  # in a checkout, and where it is installed
+    (
+        "warm_start",
+        "smooth_transition",
+        "multi_stage",
+        "capacity",
+        "module_reset",
+        "tuning_learning_rate",
+        "online",
+    ),
+    called="EXPERIMENT",
+)
+plugins.kind(Experiment, EXPERIMENTS)

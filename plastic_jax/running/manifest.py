@@ -65,10 +65,10 @@ def code() -> str:
     return total.hexdigest()
 
 
-def used(study: Study) -> list[plugins.Registered]:
+def used(study: Study, experiment: str) -> list[plugins.Registered]:
     """The plug-ins that take part in a study; others may have been registered beside them."""
     points = [arm.point for arm in study.arms]
-    return [entry for entry in plugins.REGISTERED if any(plugins.takes_part(entry, point) for point in points)]
+    return [e for e in plugins.REGISTERED if any(plugins.takes_part(e, point, experiment) for point in points)]
 
 
 def session(command: str, used: Iterable[plugins.Registered]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def crc(dataset: Dataset) -> int:
 
 def new(experiment: str, study: Study, sets: Mapping[str, Dataset], command: str) -> dict[str, Any]:
     """config.json of a new run."""
-    taking_part = used(study)
+    taking_part = used(study, experiment)
     idle = {name for entry in plugins.REGISTERED if entry not in taking_part for name in plugins.declared(entry)}
     config = study.sweep.as_dict()
     return {

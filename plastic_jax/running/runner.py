@@ -16,7 +16,7 @@ from plastic_jax.errors import InputError
 from plastic_jax.report import wandb_runs
 from plastic_jax.running import manifest, workdir
 from plastic_jax.running.dry_run import describe, table_of
-from plastic_jax.running.experiment import Experiment
+from plastic_jax.running.experiment import EXPERIMENTS, Experiment
 from plastic_jax.running.loading import Run, load
 from plastic_jax.running.options import Options
 from plastic_jax.running.training import Training
@@ -36,7 +36,7 @@ def run(
     config: Mapping[str, Any],
     workdir: str | os.PathLike[str] | None = None,
     *,
-    study: Experiment | None = None,
+    study: Experiment | str | None = None,
     say: Callable[[str], None] = print,
     plugins: Iterable[str] = (),
     data_dir: str | None = None,
@@ -52,7 +52,7 @@ def run(
     Args:
       config: a value or a sequence of values for each field; the others take their defaults.
       workdir: the run's folder; the same call on the same folder continues from where it stopped.
-      study: the experiment, by default the warm-start study.
+      study: the experiment or its name, by default the warm-start study.
       say: takes each sentence meant for the user.
       plugins: Python files that register methods or models; `plastic_jax.register` does as well.
       data_dir: folder of the data set's original files, or of TFDS.
@@ -76,7 +76,8 @@ def run(
     )  # fmt: skip
     try:
         load_plugins(plugins)
-        return run_experiment(study or Experiment(), Sweep.of(config), chosen, say)
+        of = EXPERIMENTS.require(study) if isinstance(study, str) else study or Experiment()
+        return run_experiment(of, Sweep.of(config), chosen, say)
     except InputError as error:
         raise InputError(re.sub(r"--(config\.)?(?=\w)", "", str(error))) from None  # names, not a shell's flags
 

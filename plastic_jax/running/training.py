@@ -93,7 +93,7 @@ class Training:
 
     def _go_on(self, training: bool) -> None:
         """Say and write down what the run is continued or analysed by; `training`: whether something is left to do."""
-        session = manifest.session(self.options.command, manifest.used(self.study))
+        session = manifest.session(self.options.command, manifest.used(self.study, self.of.name))
         self.changed = manifest.changed_code(self.config, session, finished=not training)
         now = manifest.resumed(self.config, session, self.study.sweep, training)
         if now != self.config:

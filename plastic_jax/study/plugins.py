@@ -1,4 +1,4 @@
-"""Plug-ins: models, optimisers, data sets, interventions and diagnostics of a user's own, which take part in a study.
+"""Plug-ins: a user's own models, optimisers, data sets, interventions, diagnostics and experiments.
 
 A plug-in is a Python file that calls `plastic_jax.register`. It is named by `--plugin=my_idea.py`, or an installed
 package has it as an entry point of the group `plastic_jax`. What was taken in, and a hash of its source, is written
@@ -27,13 +27,13 @@ from plastic_jax.registry import Registry
 from plastic_jax.study.config import FIELDS, Config, add_fields, diagnostics_named
 
 GROUP = "plastic_jax"  # of entry points
-_KINDS: tuple[tuple[type, Registry[Any]], ...] = (
+_KINDS: list[tuple[type, Registry[Any]]] = [
     (Intervention, INTERVENTIONS),
     (Diagnostic, DIAGNOSTICS),
     (Optimiser, OPTIMISERS),
     (Model, MODELS),
     (DataSource, DATASETS),
-)
+]
 TABLE = ("trial", "arm", "seed", "stage", "epoch", "step", "examples_seen", "diverged", "accuracy_reached")
 
 
@@ -51,12 +51,17 @@ REGISTERED: list[Registered] = []
 _loaded: set[Path] = set()
 
 
+def kind(of: type, registry: Registry[Any]) -> None:
+    """Let users register entries of a further type: one of a room that this one cannot import."""
+    _KINDS.append((of, registry))
+
+
 def register(entry: Any, name: str | None = None) -> Any:
     """Take a method or a model into the registries; `plastic_jax.register`, also as a decorator of a class.
 
     Args:
-      entry: an `Intervention` or `Diagnostic` (a subclass or an instance), an `Optimiser`, a `Model` or a
-        `DataSource`.
+      entry: an `Intervention` or `Diagnostic` (a subclass or an instance), an `Optimiser`, a `Model`, a
+        `DataSource` or an `Experiment`.
       name: what it is called in a config; by default an intervention's or diagnostic's class name in small letters with
         underscores.
 
@@ -73,10 +78,11 @@ def register(entry: Any, name: str | None = None) -> Any:
     if registry is None:
         kinds = ", ".join(kind.__name__ for kind, _ in _KINDS)
         raise InputError(f"{entry!r} cannot be registered: it is none of {kinds}.")
-    if name is None:
-        if isinstance(made, (Optimiser, Model, DataSource)):
-            raise InputError(f"{type(made).__name__} needs a name: register(entry, name).")
+    if name is None and isinstance(made, (Intervention, Diagnostic)):
         name = _underscored(type(made).__name__)
+    name = name or getattr(made, "name", None)
+    if not name:
+        raise InputError(f"{type(made).__name__} needs a name: register(entry, name).")
     owner, fields = f"the {registry.kind} {name!r}", getattr(made, "fields", {})
     _check_fields(owner, made, fields)
     _check_columns(owner, getattr(made, "columns", ()))
@@ -92,14 +98,15 @@ def declared(entry: Registered) -> tuple[str, ...]:
     return tuple(getattr(_registry(entry)[entry.name], "fields", ()))
 
 
-def takes_part(entry: Registered, point: Config) -> bool:
-    """Whether a trial with these values is trained or measured by it."""
+def takes_part(entry: Registered, point: Config, experiment: str) -> bool:
+    """Whether a trial of an experiment with these values is trained or measured by it."""
     made = _registry(entry)[entry.name]
     if isinstance(made, Intervention):
         return made.active(point)
     if isinstance(made, Diagnostic):
         return entry.name in diagnostics_named(point.diagnostics)
-    return entry.name in (point.model, point.optimizer, point.dataset)
+    chosen = {"model": point.model, "optimizer": point.optimizer, "data set": point.dataset, "experiment": experiment}
+    return chosen[entry.kind] == entry.name
 
 
 def _registry(entry: Registered) -> Registry[Any]:
@@ -185,7 +192,7 @@ def _check_columns(owner: str, columns: Iterable[Any]) -> None:
 
 def _source(made: Any) -> tuple[str, str]:
     """The file that an entry is from, and SHA-256 of its bytes; empty where it was typed at a prompt."""
-    functions = [getattr(made, part, None) for part in ("transformation", "build", "read")]
+    functions = [getattr(made, part, None) for part in ("transformation", "build", "read", "draw")]
     for what in (*filter(None, functions), type(made)):
         try:
             file = inspect.getsourcefile(what)
