@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(environment, tmp_path, f
         time.sleep(0.01)
     process.kill()
     process.communicate()
+    _without_a_half_finished_one(tmp_path)
     assert len(_whole(tmp_path)) >= 2
     _damage(_whole(tmp_path)[-1])
     code, out, err = call(arguments, environment)
@@ -209,7 +211,8 @@ def test_damaged_checkpoints_alone_are_refused_and_nothing_is_touched(environmen
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    for step in (tmp_path / "checkpoints/run").glob("[0-9]*"):
+    _without_a_half_finished_one(tmp_path)
+    for step in _whole(tmp_path):
         _damage(step)
     table = (tmp_path / "results.parquet").read_bytes()
     refused(arguments, environment, "all checkpoints in", "restore one of them, or name another folder")
@@ -217,9 +220,19 @@ def test_damaged_checkpoints_alone_are_refused_and_nothing_is_touched(environmen
 
 
 def _whole(path: Path) -> list[Path]:
-    """The finished checkpoints, oldest first."""
-    found = path.glob("checkpoints/run/*/commit_success.txt")
-    return sorted((f.parent for f in found if f.parent.name.isdigit()), key=lambda p: int(p.name))
+    """The finished checkpoints, oldest first: those whose checksum is written."""
+    try:
+        finished = json.loads((path / "checkpoints/run.json").read_text())
+    except FileNotFoundError:
+        return []
+    found = (path / "checkpoints/run" / step for step in finished)
+    return sorted((step for step in found if step.exists()), key=lambda p: int(p.name))
+
+
+def _without_a_half_finished_one(path: Path) -> None:
+    """Remove a checkpoint that was killed before its checksum was written; how often that happens is chance."""
+    for step in {*(path / "checkpoints/run").glob("[0-9]*")} - {*_whole(path)}:
+        shutil.rmtree(step)
 
 
 def _damage(step: Path) -> None:
@@ -308,8 +321,6 @@ def test_the_last_of_a_repeated_flag_wins(environment, tmp_path):
 
 
 def test_overwrite_deletes_nothing_before_the_new_run_can_start(finished, environment, tmp_path):
-    import shutil
-
     path = tmp_path / "run"
     shutil.copytree(finished[0], path)
     before = (path / "results.parquet").read_bytes()
@@ -331,8 +342,6 @@ def test_overwrite_deletes_nothing_before_the_new_run_can_start(finished, enviro
 
 
 def test_a_run_on_data_that_changed_is_refused(finished, environment, tmp_path):
-    import shutil
-
     path = tmp_path / "run"
     shutil.copytree(finished[0], path)
     config = json.loads((path / "config.json").read_text())

@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: everything computed so far in one tree of arrays, written beside the training."""
 
+import concurrent.futures
 import json
 import logging
 import zlib
@@ -37,9 +38,9 @@ def _files_crc(folder: Path) -> int:
 class Checkpoints:
     """The checkpoints under `directory`: nested dicts of host arrays and one JSON value beside them.
 
-    A save runs in the background; the next one waits for it. `restore` never sees an unfinished one. Checksums
-    of finished ones stand in DIRECTORY.json, so that a damaged one is passed over before Orbax, whose threads then
-    go on complaining, gets to see it; one that was finished when nobody waited has only the checksum inside.
+    A save runs in the background; the next one waits for it. `restore` never sees an unfinished one. As soon as one is
+    finished its checksum is written to DIRECTORY.json, so that a damaged one is passed over before Orbax, whose threads
+    then go on complaining, gets to see it; one whose process was killed in that moment has only the checksum inside.
     """
 
     def __init__(self, directory: Path):
@@ -52,7 +53,8 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
             cleanup_tmp_directories=True,
         )
-        self._pending: Any = None
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
         self._beside = directory.with_name(directory.name + ".json")
         self._step = max((c.step for c in self._manager.checkpoints), default=-1) + 1
 
@@ -62,7 +64,8 @@ class Checkpoints:
         text = json.dumps(host).encode()
         tree = {"arrays": arrays, "host": np.frombuffer(text, np.uint8)}
         tree["crc"] = np.asarray([_crc(arrays, text)], np.uint32)
-        self._pending = self._manager.save_async(self._step, tree, force=True)
+        saving = self._manager.save_async(self._step, tree, force=True)
+        self._pending = self._background.submit(self._finish, saving, self._step)
         self._step += 1
         if wait:
             self.wait()
@@ -70,11 +73,14 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the save under way, if any, is on the disk; raises what it raised."""
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-            found = {str(c.step): _files_crc(self.directory / str(c.step)) for c in self._manager.checkpoints[-1:]}
-            held = {k: v for k, v in self._checksums().items() if (self.directory / k).exists()}
-            replace_file(self._beside, json.dumps(held | found).encode())
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _finish(self, saving: Any, step: int) -> None:
+        saving.result()
+        held = {k: v for k, v in self._checksums().items() if (self.directory / k).exists()}
+        held[str(step)] = _files_crc(self.directory / str(step))
+        replace_file(self._beside, json.dumps(held).encode())
 
     def restore(self, say: Callable[[str], None]) -> tuple[Tree, Any] | None:
         """The newest checkpoint that loads whole, or None where there is none.
@@ -114,5 +120,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finish the current save and release the directory."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._manager.close()
