@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -248,6 +250,21 @@ def test_a_finished_run_needs_no_checkpoint(left, finished, copy):
     assert "--overwrite" not in str(e.value)
     (folder / "results.parquet").write_bytes(table)
     assert fingerprint(folder) == before
+
+
+def test_a_checkpoints_checksum_is_there_as_soon_as_it_is_finished(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save({"a": np.arange(5)}, {"b": 1})
+    limit = time.monotonic() + 60
+    while not (tmp_path / "run.json").exists() and time.monotonic() < limit:  # nobody waits for it
+        time.sleep(0.01)
+    assert json.loads((tmp_path / "run.json").read_text()).keys() == {"0"}
+    (tmp_path / "run" / "0" / "more").write_text("damage")
+    said: list[str] = []
+    with pytest.raises(InputError, match=r"all checkpoints in .* are damaged: restore one"):
+        checkpoints.restore(said.append)
+    checkpoints.close()
+    assert "damaged (ValueError)" in said[0]
 
 
 def test_a_finished_runs_damaged_table_comes_from_its_checkpoint(finished, copy):
